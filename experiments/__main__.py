@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,8 @@ from outgrow.model.base.interrupt import Terminated, started, terminable
 if TYPE_CHECKING:
     from outgrow.experiments.compare import Comparison
     from outgrow.experiments.study import Done
+
+Add = Callable[..., argparse.ArgumentParser]  # adds a command of that name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,12 +72,27 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = doors.add_subparsers(dest="command", required=True)
-    compare = commands.add_parser("compare", help="compare finished runs")
+    add = doors.add_subparsers(dest="command", required=True).add_parser
+    _add_compare(add)
+    _add_horizons(add)
+    _add_frontier(add)
+    _add_family(add)
+    _add_predict(add)
+    _add_study(add)
+    _add_select(add)
+    _add_same(add)
+    return doors
+
+
+def _add_compare(add: Add) -> None:
+    compare = add("compare", help="compare finished runs")
     _read_runs(compare, "run folders, as `outgrow train` writes them")
     compare.add_argument("--out", type=Path, help="where the files go (default: runs/comparison-<study>)")
     _mirror(compare)
-    horizons = commands.add_parser(
+
+
+def _add_horizons(add: Add) -> None:
+    horizons = add(
         "horizons",
         help="hold decayed ends against scratch's curve: the effective speed-up S of every arm",
     )
@@ -87,7 +104,10 @@ def parser() -> argparse.ArgumentParser:
         help="where the files go; a README.md there gets the table between its markers",
     )
     _mirror(horizons)
-    frontier = commands.add_parser(
+
+
+def _add_frontier(add: Add) -> None:
+    frontier = add(
         "frontier",
         help="the compute-optimal size from flat models: 4 sizes, 2 horizons each; a law from 3 horizons",
     )
@@ -96,15 +116,19 @@ def parser() -> argparse.ArgumentParser:
         "run folders that decayed to their ends, records of such (ends.json), or a study that has one",
     )
     frontier.add_argument("--out", type=Path, default=Path("runs/frontier"), help="where the files go")
-    family = commands.add_parser(
-        "family", help="sum the cost of products of several sizes, against scratch at equal losses"
-    )
-    family.add_argument("runs", nargs="+", metavar="RUN", help="runs that decayed, or a record of such")
+
+
+def _add_family(add: Add) -> None:
+    family = add("family", help="sum the cost of products of several sizes, against scratch at equal losses")
+    _read_runs(family, "runs that decayed, or a record of such")
     family.add_argument("--out", type=Path, default=Path("runs/family"), help="where the files go")
-    predict = commands.add_parser(
+
+
+def _add_predict(add: Add) -> None:
+    predict = add(
         "predict", help="write down when to grow and what it will be worth, before a horizon is measured"
     )
-    predict.add_argument("runs", nargs="+", metavar="RUN", help="runs that decayed, or a record of such")
+    _read_runs(predict, "runs that decayed, or a record of such")
     predict.add_argument(
         "--horizons",
         nargs="+",
@@ -117,14 +141,18 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--out", type=Path, required=True, help="where `outgrow horizons --out` will find it"
     )
-    run = commands.add_parser("study", aliases=["run"], help="run a study: source, arms, comparison")
+
+
+def _add_study(add: Add) -> None:
+    run = add("study", aliases=["run"], help="run a study: source, arms, comparison")
     run.add_argument("study", nargs="?", help="such as tiny; without it, all are listed")
     run.add_argument("--full", action="store_true", help="all seeds and the whole grid of learning rates")
     _run_at_once(run)
     _mirror(run)
-    select = commands.add_parser(
-        "select", help="choose a start by its loss after a lag, by successive halving"
-    )
+
+
+def _add_select(add: Add) -> None:
+    select = add("select", help="choose a start by its loss after a lag, by successive halving")
     select.add_argument("study", help="whose source, text and target are used")
     select.add_argument(
         "words",
@@ -134,11 +162,13 @@ def parser() -> argparse.ArgumentParser:
         "growth.depth=stack'); lag_tokens=N, keep=0.5, seeds=[0]; anything else with = is an override of all",
     )
     _run_at_once(select)
-    same = commands.add_parser(
+
+
+def _add_same(add: Add) -> None:
+    same = add(
         "same", help="compare plans, grown weights and a toy run of this tree with those of another revision"
     )
     same.add_argument("revision", metavar="REV", help="a commit, branch or tag of this clone")
-    return doors
 
 
 def _read_runs(command: argparse.ArgumentParser, runs: str) -> None:
@@ -188,8 +218,8 @@ def _frontier(options: argparse.Namespace) -> int:
     from outgrow.experiments.frontier_report import write
     from outgrow.experiments.horizons import RECORD
 
-    known = studies()
-    inputs = [str(known[name] / RECORD) if name in known else name for name in options.runs]
+    records = {name: str(folder / RECORD) for name, folder in studies().items()}
+    inputs = [records.get(name, name) for name in options.runs]
     for line in write(inputs, options.out):
         print(line)
     return 0
@@ -232,7 +262,8 @@ def _study(options: argparse.Namespace) -> int:
 
 def compare_arms(done: Done, *, wandb: bool) -> str:
     """Compare a study's arms in every way that it asks for, and write `table.md`; return that table."""
-    table, parts = done.out / "table.md", []
+    table = done.out / "table.md"
+    parts = []
     if done.costs:
         compare_costs(done, wandb=wandb)
         parts.append(table.read_text(encoding="utf-8"))

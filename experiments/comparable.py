@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -108,10 +108,14 @@ def differences(runs: Sequence[Run], stated: Sequence[tuple[str, str]] = ()) -> 
                 value = _value(values.get(key))
                 arms[value].append(arm)
         if len(arms) > 1:
-            having = {value: ", ".join(dict.fromkeys(names)) for value, names in arms.items()}
-            parts = [f"{value} ({names})" for value, names in having.items()]
+            parts = [f"{value} ({_each_once(names)})" for value, names in arms.items()]
             sentences.append(f"{key}: " + "; ".join(parts))
     return sentences
+
+
+def _each_once(names: Iterable[str]) -> str:
+    distinct = dict.fromkeys(names)
+    return ", ".join(distinct)
 
 
 def _differing_sources(runs: Sequence[Run]) -> list[str]:
@@ -129,7 +133,7 @@ def _differing_sources(runs: Sequence[Run]) -> list[str]:
                 arms.setdefault(same, []).append(run.arm)
                 paths.setdefault(same, run.source.path or "no path")
         if len(arms) > 1:
-            parts = [f"{paths[same]} ({', '.join(dict.fromkeys(having))})" for same, having in arms.items()]
+            parts = [f"{paths[same]} ({_each_once(names)})" for same, names in arms.items()]
             sentences.append(f"source, seed {seed}: " + "; ".join(parts))
     return sentences
 

@@ -122,8 +122,9 @@ def compare(folders: Iterable[str | Path]) -> Comparison:
     rows = []
     for key, group in groups.items():
         arm, rate = key
+        curve = curves[key]
         is_best = rate == best[arm]
-        row = _row(group, curves[key], is_best, scratch, scratch_curve)
+        row = _row(group, curve, is_best, scratch, scratch_curve)
         rows.append(row)
     rows.sort(key=lambda row: (not row.best, row.final_loss))
     tuned = {arm: groups[arm, rate] for arm, rate in best.items()}
@@ -167,16 +168,20 @@ def best_learning_rates(groups: Mapping[ArmRate, Sequence[Run]]) -> dict[str, fl
 
 
 def _mean_curve(group: Sequence[Run]) -> Curve:
+    curves = [run.curve for run in group]
     try:
-        return mean_curve([run.curve for run in group])
+        return mean_curve(curves)
     except ValueError as error:
-        folders = " and ".join(str(run.folder) for run in group)
+        paths = [str(run.folder) for run in group]
+        folders = " and ".join(paths)
         raise UserError(f"{folders}: {error}; their metrics.jsonl was edited, run them again") from error
 
 
 def _row(group: Sequence[Run], curve: Curve, best: bool, scratch: Sequence[Run], scratch_curve: Curve) -> Row:
     first = group[0]
     finals = [run.final_loss for run in group]
+    sources = [run.source for run in group]
+    source_tokens = _mean_or_none([0 if source is None else source.tokens for source in sources])
     source_flops = _mean_or_none([run.source_flops for run in group])
     operator_flops = fmean(run.operator_flops for run in group)
     deltas = (run.record.start.max_delta for run in group)
@@ -193,7 +198,7 @@ def _row(group: Sequence[Run], curve: Curve, best: bool, scratch: Sequence[Run],
         tokens=curve.tokens[-1],
         flops=curve.flops[-1],
         operator_flops=operator_flops,
-        source_tokens=_mean_or_none([0 if run.source is None else run.source.tokens for run in group]),
+        source_tokens=source_tokens,
         source_flops=source_flops,
         cost=cost(curve, scratch_curve, operator_flops=operator_flops, source_flops=source_flops),
         seed_savings=_seed_savings(group, scratch),
@@ -211,10 +216,10 @@ def _seed_savings(group: Sequence[Run], scratch: Sequence[Run]) -> tuple[float, 
         if run.seed not in by_seed:
             return ()
         baseline = by_seed[run.seed].curve
-        saving = cost(run.curve, baseline, operator_flops=run.operator_flops).saving_excluded
-        if saving is None:
+        paid = cost(run.curve, baseline, operator_flops=run.operator_flops)
+        if paid.saving_excluded is None:
             return ()
-        savings.append(saving)
+        savings.append(paid.saving_excluded)
     return tuple(savings)
 
 
@@ -224,9 +229,10 @@ def _mean_or_none(values: Sequence[Any]) -> float | None:
 
 def _notes(rows: Sequence[Row], runs: Sequence[Run], left_out: Sequence[LeftOut]) -> list[str]:
     """Everything a reader should know before believing the table."""
-    notes = [f"left out: {item.folder.name}, {item.reason}" for item in left_out]
+    notes = [folder.note for folder in left_out]
     best = [row for row in rows if row.best]
-    notes += _notes_on_seeds(best) + _notes_on_tuning(rows)
+    notes += _notes_on_seeds(best)
+    notes += _notes_on_tuning(rows)
     notes += _notes_on_control(best)
     origins = [run.source for run in runs if run.source]
     sources = {replace(source, path=None) for source in origins}
@@ -271,7 +277,8 @@ def _notes_on_seeds(best: Sequence[Row]) -> list[str]:
     few = [row.arm for row in best if row.n < 3]
     if few:
         notes.append(f"fewer than 3 seeds ({', '.join(few)}): an impression, no headline number")
-    if len({row.seeds for row in best}) > 1:
+    different = {row.seeds for row in best}
+    if len(different) > 1:
         parts = [f"{row.arm} {_list(row.seeds)}" for row in best]
         notes.append("the arms have different seeds: " + "; ".join(parts))
     return notes
@@ -289,8 +296,8 @@ def _notes_on_tuning(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         grid = sorted(rates[row.arm])
         edges = grid[0], grid[-1]
-        at_edge = len(grid) > 1 and row.learning_rate in edges
-        if row.best and at_edge:
+        is_grid = len(grid) > 1
+        if row.best and is_grid and row.learning_rate in edges:
             notes.append(
                 f"{row.arm}: the best learning rate, {row.learning_rate:g}, is at the edge of its grid "
                 f"({_list(grid)}): widen it",
@@ -322,8 +329,8 @@ def answer(comparison: Comparison) -> str:
         paired = set(row.seeds) <= set(scratch.seeds)
         in_every_seed = row.seed_savings or row.n == 1 or not paired
         seeds = "" if in_every_seed else " in the mean, though not in every seed,"
-        source = _with_source(row)
-        return f"{row.arm} reaches scratch's final loss{seeds} with {saving} FLOPs ({source})"
+        reaches = f"{row.arm} reaches scratch's final loss{seeds}"
+        return f"{reaches} with {saving} FLOPs ({_with_source(row)})"
     row = min(below or rows, key=lambda row: row.final_loss)
     gap = _nats(row.final_loss - scratch.final_loss)
     if below:
@@ -351,7 +358,8 @@ UNLIKE = (
 def percent(share: float) -> str:
     """0.41 → '41 % fewer', −0.12 → '12 % more'."""
     size = f"{abs(share):.0%}".replace("%", " %")
-    return f"{size} fewer" if share >= 0 else f"{size} more"
+    direction = "fewer" if share >= 0 else "more"
+    return f"{size} {direction}"
 
 
 def _nats(difference: float) -> str:
@@ -360,4 +368,5 @@ def _nats(difference: float) -> str:
 
 
 def _list(values: Iterable[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
+    short = [f"{value:g}" for value in values]
+    return ", ".join(short)

@@ -17,6 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from outgrow.experiments.cost import best_of
@@ -34,6 +35,9 @@ STARTS = ((0.2, 0.4, 0.6), (0.2, 0.4, 0.6))  # of alpha and of beta: the loss ha
 DRAWS = 200  # of the bootstrap
 AROUND = 3  # sizes that must have been measured at a budget for it to have a best one
 SLACK = 1.05  # budgets that are as near as this are the same: they are whole steps
+
+
+_Tuned = tuple[float, int, int]  # learning rate, tokens of a batch, number of the optimizer
 
 
 @dataclass(frozen=True)
@@ -68,18 +72,22 @@ class Law:
 
     def loss(self, parameters: float, tokens: float) -> float:
         """The loss of a flat model."""
-        return self.floor(parameters) + math.exp(self.log_b) / tokens**self.beta
+        of_tokens = math.exp(self.log_b) / tokens**self.beta
+        return self.floor(parameters) + of_tokens
 
     def floor(self, parameters: float) -> float:
         """The loss that a size comes down to with text without end."""
-        return math.exp(self.log_e) + math.exp(self.log_a) / parameters**self.alpha
+        entropy = math.exp(self.log_e)
+        of_size = math.exp(self.log_a) / parameters**self.alpha
+        return entropy + of_size
 
     def tokens_for(self, parameters: float, loss: float) -> float | None:
         """The tokens on which a size reaches `loss`; None where it never does."""
         room = loss - self.floor(parameters)
         if room <= 0:
             return None
-        return math.exp((self.log_b - math.log(room)) / self.beta)
+        log_tokens = (self.log_b - math.log(room)) / self.beta
+        return math.exp(log_tokens)
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,8 @@ class ArmWorth:
 
 def flat_ends(ends: Iterable[End]) -> list[End]:
     """The ends of models that kept their size and inherited nothing."""
-    return [end for end in ends if end.growth is None and end.source_flops == 0.0]
+    kept_size = [end for end in ends if end.growth is None]
+    return [end for end in kept_size if end.source_flops == 0.0]
 
 
 def flat_points(ends: Iterable[End]) -> list[Flat]:
@@ -107,14 +116,17 @@ def flat_points(ends: Iterable[End]) -> list[Flat]:
 def _flat(ends: Sequence[End]) -> Flat:
     """The best of one size's ends at one token count."""
     names = sorted({end.optimizer for end in ends})
-    grid: dict[tuple[float, int, int], dict[int, End]] = defaultdict(dict)
+    grid: dict[_Tuned, dict[int, End]] = defaultdict(dict)  # by seed
+    losses: dict[_Tuned, dict[int, float]] = defaultdict(dict)
     for end in ends:
         key = (end.learning_rate, end.batch_tokens, names.index(end.optimizer))
         grid[key][end.seed] = end
-    losses = {key: {seed: end.val_loss for seed, end in seeds.items()} for key, seeds in grid.items()}
-    best = list(grid[best_of(losses)].values())
-    loss = sum(end.val_loss for end in best) / len(best)
-    return Flat(best[0].parameters, best[0].tokens, best[0].flops, loss)
+        losses[key][end.seed] = end.val_loss
+    best_key = best_of(losses)
+    best_losses = losses[best_key].values()
+    loss = sum(best_losses) / len(best_losses)
+    first = next(iter(grid[best_key].values()))
+    return Flat(first.parameters, first.tokens, first.flops, loss)
 
 
 def check_frontier(points: Sequence[Flat]) -> None:
@@ -126,7 +138,8 @@ def check_frontier(points: Sequence[Flat]) -> None:
     counts = _token_counts(points)
     enough = [size for size, count in counts.items() if count >= LEAST_BUDGETS]
     if len(enough) < LEAST_SIZES:
-        listing = ", ".join(f"{size:,} ({count})" for size, count in counts.items()) or "none"
+        sizes = [f"{size:,} ({count})" for size, count in counts.items()]
+        listing = ", ".join(sizes) or "none"
         raise UserError(
             f"frontier: {len(enough)} sizes of flat models with {LEAST_BUDGETS} horizons or more, expected "
             f"{LEAST_SIZES}; there are, with their horizons: {listing}. Train more sizes (growth=scratch, "
@@ -149,16 +162,23 @@ def best_sizes(points: Sequence[Flat]) -> list[Best]:
         UserError: too few sizes or budgets.
     """
     check_frontier(points)
-    curves = {size: _curve(points, size) for size in sorted({point.parameters for point in points})}
+    sizes = sorted({point.parameters for point in points})
+    curves = {size: _curve(points, size) for size in sizes}
+    budgets = sorted({point.flops for point in points})
     best: list[Best] = []
-    for flops in sorted({point.flops for point in points}):
+    for flops in budgets:
         if best and flops < SLACK * best[-1].flops:
             continue
-        losses = {size: _loss_near(curve, flops) for size, curve in curves.items()}
-        known = {size: loss for size, loss in losses.items() if loss is not None}
-        if len(known) >= AROUND:
-            size = min(known, key=known.__getitem__)
-            best.append(Best(flops, size, known[size], size in (min(known), max(known))))
+        # The loss of every size that was measured near this budget.
+        losses: dict[int, float] = {}
+        for size, curve in curves.items():
+            loss = _loss_near(curve, flops)
+            if loss is not None:
+                losses[size] = loss
+        if len(losses) >= AROUND:
+            lowest = min(losses, key=losses.__getitem__)
+            edges = (min(losses), max(losses))
+            best.append(Best(flops, lowest, losses[lowest], at_edge=lowest in edges))
     if not best:
         raise UserError(
             "frontier: at no budget are three sizes measured on both sides; give the larger sizes shorter "
@@ -169,14 +189,21 @@ def best_sizes(points: Sequence[Flat]) -> list[Best]:
 
 def _loss_near(curve: BaselineCurve, flops: float) -> float | None:
     """The curve's loss at a budget that it reaches but for SLACK."""
-    near = min(max(flops, curve.flops[0]), curve.flops[-1])
-    return curve.loss_at(near) if 1 / SLACK <= near / flops <= SLACK else None
+    least, most = curve.flops[0], curve.flops[-1]
+    near = min(max(flops, least), most)
+    apart = near / flops
+    if not 1 / SLACK <= apart <= SLACK:
+        return None
+    return curve.loss_at(near)
 
 
 def _curve(points: Sequence[Flat], size: int) -> BaselineCurve:
     """One size's loss against FLOPs."""
-    own = sorted((point.flops, point.val_loss) for point in points if point.parameters == size)
-    return BaselineCurve(tuple(flops for flops, _ in own), tuple(loss for _, loss in own))
+    own = [point for point in points if point.parameters == size]
+    own.sort(key=attrgetter("flops", "val_loss"))
+    costs = tuple(point.flops for point in own)
+    losses = tuple(point.val_loss for point in own)
+    return BaselineCurve(costs, losses)
 
 
 # ---- the law -----------------------------------------------------------------------------------------------
@@ -184,7 +211,9 @@ def _curve(points: Sequence[Flat], size: int) -> BaselineCurve:
 
 def may_fit(points: Sequence[Flat]) -> bool:
     """Check for three sizes of three token counts each, or more."""
-    return sum(count >= LEAST_OF_LAW for count in _token_counts(points).values()) >= LEAST_OF_LAW
+    counts = _token_counts(points).values()
+    enough = [count for count in counts if count >= LEAST_OF_LAW]
+    return len(enough) >= LEAST_OF_LAW
 
 
 def fit(points: Sequence[Flat], start: Law | None = None) -> Law:
@@ -204,7 +233,11 @@ def fit(points: Sequence[Flat], start: Law | None = None) -> Law:
     sizes = np.log([point.parameters for point in points])
     tokens = np.log([point.tokens for point in points])
     losses = np.log([point.val_loss for point in points])
-    starts = [_vector(start)] if start else [_start(points, *pair) for pair in itertools.product(*STARTS)]
+    if start is not None:
+        starts = [_vector(start)]
+    else:
+        exponents = itertools.product(*STARTS)
+        starts = [_start(points, alpha, beta) for alpha, beta in exponents]
     best = None
     for first in starts:
         ended = minimize(_huber, first, args=(sizes, tokens, losses), method="L-BFGS-B")
@@ -238,8 +271,10 @@ def _huber(law: NDArray[np.float64], sizes: Any, tokens: Any, losses: Any) -> fl
     log_e, log_a, log_b, alpha, beta = law
     of_size = log_a - alpha * sizes
     of_tokens = log_b - beta * tokens
-    expected = np.logaddexp(np.logaddexp(log_e, of_size), of_tokens)
-    return float(huber(DELTA, expected - losses).sum() / DELTA)
+    floor = np.logaddexp(log_e, of_size)
+    expected = np.logaddexp(floor, of_tokens)
+    penalties = huber(DELTA, expected - losses)
+    return float(penalties.sum() / DELTA)
 
 
 def bootstrap(ends: Sequence[End], law: Law, draws: int = DRAWS) -> list[Law]:
@@ -253,7 +288,8 @@ def bootstrap(ends: Sequence[End], law: Law, draws: int = DRAWS) -> list[Law]:
     flat = flat_ends(ends)
     laws: list[Law] = []
     for _ in range(10 * draws):
-        drawn = [flat[index] for index in numbers.integers(len(flat), size=len(flat))]
+        indices = numbers.integers(len(flat), size=len(flat))
+        drawn = [flat[index] for index in indices]
         points = flat_points(drawn)
         if may_fit(points):
             laws.append(fit(points, law))
@@ -264,7 +300,11 @@ def bootstrap(ends: Sequence[End], law: Law, draws: int = DRAWS) -> list[Law]:
 
 def residuals(points: Sequence[Flat], law: Law) -> list[float]:
     """log of the measured loss minus that of the law, point by point."""
-    return [math.log(point.val_loss / law.loss(point.parameters, point.tokens)) for point in points]
+    logs = []
+    for point in points:
+        expected = law.loss(point.parameters, point.tokens)
+        logs.append(math.log(point.val_loss / expected))
+    return logs
 
 
 def worth_of_arms(ends: Sequence[End], law: Law, draws: Sequence[Law]) -> list[ArmWorth]:
@@ -273,21 +313,24 @@ def worth_of_arms(ends: Sequence[End], law: Law, draws: Sequence[Law]) -> list[A
     L⁻¹ is what a flat model of the end's size pays for its loss; a token of it costs what one of the measured
     flat models of that size does.
     """
-    per_token = {end.parameters: end.flops / end.tokens for end in flat_ends(ends)}
     flat = flat_ends(ends)
+    per_token = {end.parameters: end.flops / end.tokens for end in flat}
     arms = [end for end in ends if end not in flat and end.parameters in per_token]
     worths = []
-    for end in sorted(arms, key=lambda end: (end.arm, end.tokens, end.name)):
+    for end in sorted(arms, key=attrgetter("arm", "tokens", "name")):
         cost = per_token[end.parameters]
-        values = [speedup(end, draw, cost) for draw in draws]
-        worths.append(ArmWorth(end, speedup(end, law, cost), interval_of(values)))
+        by_law = speedup(end, law, cost)
+        by_draws = [speedup(end, draw, cost) for draw in draws]
+        worths.append(ArmWorth(end, by_law, interval_of(by_draws)))
     return worths
 
 
 def speedup(end: End, law: Law, per_token: float) -> float | None:
     """S of one end by the law, at `per_token` FLOPs for a token of a flat model of its size."""
     tokens = law.tokens_for(end.parameters, end.val_loss)
-    return None if tokens is None else tokens * per_token / end.paid
+    if tokens is None:
+        return None
+    return tokens * per_token / end.paid
 
 
 def interval_of(values: Sequence[float | None]) -> tuple[float, float] | None:
@@ -295,7 +338,8 @@ def interval_of(values: Sequence[float | None]) -> tuple[float, float] | None:
     import numpy as np
 
     known = [value for value in values if value is not None]
-    if len(known) < 0.975 * len(values) or len(known) < 2:
+    least = 0.975 * len(values)
+    if len(known) < max(least, 2):
         return None
     low, high = np.quantile(known, [0.025, 0.975])
     return float(low), float(high)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,8 @@ def frontier_of(ends: Sequence[End]) -> Frontier:
         return Frontier(tuple(points), tuple(best), None, (), ())
     law = fit(points)
     draws = bootstrap(ends, law)
-    return Frontier(tuple(points), tuple(best), law, tuple(draws), tuple(worth_of_arms(ends, law, draws)))
+    arms = worth_of_arms(ends, law, draws)
+    return Frontier(tuple(points), tuple(best), law, tuple(draws), tuple(arms))
 
 
 def write(inputs: Sequence[str], out: Path) -> list[str]:
@@ -78,8 +80,9 @@ def write(inputs: Sequence[str], out: Path) -> list[str]:
         RECORD: lambda path: path.write_text(record(frontier), encoding="utf-8"),
     }
     paths = write_together(out, writers)
-    notes = [f"left out: {item.folder.name}, {item.reason}" for item in left_out]
-    return [markdown(frontier), *notes, *(f"  {path}" for path in paths)]
+    notes = [folder.note for folder in left_out]
+    files = [f"  {path}" for path in paths]
+    return [markdown(frontier), *notes, *files]
 
 
 def record(frontier: Frontier) -> str:
@@ -98,7 +101,9 @@ def markdown(frontier: Frontier) -> str:
     rows = []
     for best in frontier.best:
         star = "*" if best.at_edge else ""
-        rows.append([amount(best.flops), f"{best.parameters:,}{star}", f"{best.val_loss:.4f}"])
+        size = f"{best.parameters:,}{star}"
+        loss = f"{best.val_loss:.4f}"
+        rows.append([amount(best.flops), size, loss])
     parts = [
         "The size that ends lowest; a star: the largest or smallest that was measured there.",
         markdown_table(("FLOPs", "best size, parameters", "loss"), rows),
@@ -116,7 +121,7 @@ def _law_sentence(frontier: Frontier) -> str:
     for name in ("alpha", "beta"):
         value = getattr(frontier.law, name)
         interval = interval_of([getattr(law, name) for law in frontier.draws])
-        spread = "" if interval is None else f" ({interval[0]:.2f} to {interval[1]:.2f})"
+        spread = "" if interval is None else f" ({_spelled(interval)})"
         parts.append(f"{name} = {value:.3f}{spread}")
     return (
         f"L(N, D) = E + A / N^alpha + B / D^beta with {', '.join(parts)}; Huber's loss of the log losses, "
@@ -124,11 +129,18 @@ def _law_sentence(frontier: Frontier) -> str:
     )
 
 
+def _spelled(interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{low:.2f} to {high:.2f}"
+
+
 def _residual_table(points: Sequence[Flat], law: Law) -> str:
     rows = []
     for point, residual in zip(points, residuals(points, law), strict=True):
         size = f"{point.parameters:,}"
-        rows.append([size, amount(point.tokens), f"{point.val_loss:.4f}", f"{100 * residual:+.2f} %"])
+        loss = f"{point.val_loss:.4f}"
+        percent = f"{100 * residual:+.2f} %"
+        rows.append([size, amount(point.tokens), loss, percent])
     return markdown_table(("parameters", "tokens", "loss", "residual"), rows)
 
 
@@ -136,8 +148,9 @@ def _arm_table(arms: Sequence[ArmWorth]) -> str:
     rows = []
     for arm in arms:
         own = "below the law's floor" if arm.speedup is None else f"{arm.speedup:.2f}"
-        interval = "–" if arm.interval is None else f"{arm.interval[0]:.2f} to {arm.interval[1]:.2f}"
-        rows.append([arm.end.name, f"{arm.end.val_loss:.4f}", own, interval])
+        interval = "–" if arm.interval is None else _spelled(arm.interval)
+        loss = f"{arm.end.val_loss:.4f}"
+        rows.append([arm.end.name, loss, own, interval])
     return markdown_table(("end", "loss", "S by the law, source included", "95 %"), rows)
 
 
@@ -147,9 +160,13 @@ def build(frontier: Frontier) -> Figure:
 
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     losses, rest = figure.subplots(1, 2)
-    for size in sorted({point.parameters for point in frontier.points}):
-        own = sorted((point.flops, point.val_loss) for point in frontier.points if point.parameters == size)
-        losses.plot(*zip(*own, strict=True), marker="o", label=f"{size:,} parameters")
+    sizes = sorted({point.parameters for point in frontier.points})
+    for size in sizes:
+        own = [point for point in frontier.points if point.parameters == size]
+        own.sort(key=attrgetter("flops", "val_loss"))
+        costs = [point.flops for point in own]
+        ends = [point.val_loss for point in own]
+        losses.plot(costs, ends, marker="o", label=f"{size:,} parameters")
     losses.plot(
         [best.flops for best in frontier.best],
         [best.val_loss for best in frontier.best],

@@ -85,8 +85,12 @@ def _mixing(points: Sequence[Point], optimizer: str) -> tuple[MixingTime, tuple[
     longer.
     """
     measured = recoveries(points, SCRATCH) if points else []
-    known = {recovery.point.arm: recovery.mixing for recovery in measured if recovery.mixing is not None}
-    moments = {recovery.growth.tokens for recovery in measured if recovery.mixing is not None}
+    known = {}
+    moments = set()
+    for recovery in measured:
+        if recovery.mixing is not None:
+            known[recovery.point.arm] = recovery.mixing
+            moments.add(recovery.growth.tokens)
     if len(moments) < 2:
         raise UserError(
             f"{optimizer}: t_mix of {len(moments)} moments of growth is known, and a prediction needs two: "
@@ -114,14 +118,18 @@ def relative_cost(points: Sequence[Point], optimizer: str) -> float:
     scratch = [point for point in points if point.arm == SCRATCH]
     if not own or not scratch:
         raise UserError(f"{optimizer}: no control and scratch, whose costs of a token are compared")
-    small, large = own[0], scratch[0]
-    return (small.flops / small.tokens) / (large.flops / large.tokens)
+    small = own[0]
+    large = scratch[0]
+    small_token = small.flops / small.tokens
+    large_token = large.flops / large.tokens
+    return small_token / large_token
 
 
 def _row(tokens: int, mixing: float, cost: float) -> Row:
     grow = max(0, round(tokens - mixing))
     share = grow / tokens
-    return Row(tokens, grow, share, 1.0 / (share * cost + 1.0 - share))
+    paid = share * cost + 1.0 - share  # of scratch's FLOPs
+    return Row(tokens, grow, share, 1.0 / paid)
 
 
 def _commit() -> str | None:
@@ -148,7 +156,7 @@ def write(inputs: Sequence[str], horizons: Sequence[int], optimizer: str, out: P
     write_text(out / PAGE, markdown(prediction))
     text = json.dumps(asdict(prediction), indent=1, ensure_ascii=False)
     write_text(record, f"{text}\n")
-    notes = [f"left out: {item.folder.name}, {item.reason}" for item in left_out]
+    notes = [folder.note for folder in left_out]
     return [markdown(prediction), *notes, f"  {out / PAGE}", f"  {record}"]
 
 
@@ -233,4 +241,5 @@ def write_measured(folder: Path) -> str:
 def _is_measured(worth: Worth, row: Row, optimizer: str) -> bool:
     point = worth.point
     is_grown = point.ends[0].growth is not None
-    return is_grown and point.optimizer == optimizer and point.tokens == row.tokens
+    is_asked = point.optimizer == optimizer and point.tokens == row.tokens
+    return is_grown and is_asked

@@ -66,15 +66,18 @@ class Family:
     def flops(self) -> float:
         """The FLOPs of all products, each trunk paid once."""
         pairs = itertools.pairwise(self.products)
-        decays = sum(smaller.paid - larger.inherited for smaller, larger in pairs)
-        return self.products[-1].paid + decays
+        decays = [smaller.paid - larger.inherited for smaller, larger in pairs]
+        largest = self.products[-1]
+        return largest.paid + sum(decays)
 
     @property
     def scratch_flops(self) -> float | None:
         """The FLOPs of as many scratch runs that end at the same losses; None where one is out of range."""
         costs = [product.scratch_flops for product in self.products]
         known = [cost for cost in costs if cost is not None]
-        return sum(known) if len(known) == len(costs) else None
+        if len(known) < len(costs):
+            return None
+        return sum(known)
 
     @property
     def saving(self) -> float | None:
@@ -104,7 +107,8 @@ def families(ends: Iterable[End]) -> list[Family]:
     for number, size in enumerate(sorted(sizes)):
         for product in _products(sizes[size], smallest=number == 0):
             by_seed[product.seed].append(product)
-    complete = [Family(tuple(products)) for products in by_seed.values() if len(products) == len(sizes)]
+    of_each_size = [products for products in by_seed.values() if len(products) == len(sizes)]
+    complete = [Family(tuple(products)) for products in of_each_size]
     if not complete:
         raise UserError("no seed has a product of every size; train the missing ones")
     for family in complete:
@@ -160,7 +164,8 @@ def _check(family: Family) -> None:
 def answer(measured: Sequence[Family]) -> str:
     """The finding in one sentence."""
     count = len(measured[0].products)
-    seeds = ", ".join(str(family.products[0].seed) for family in measured)
+    numbers = [str(family.products[0].seed) for family in measured]
+    seeds = ", ".join(numbers)
     savings = [family.saving for family in measured if family.saving is not None]
     if len(savings) < len(measured):
         return (
@@ -214,5 +219,6 @@ def write(inputs: Sequence[str], out: Path) -> list[str]:
         LINES: lambda path: write_csv(products, path),
     }
     paths = write_together(out, writers)
-    notes = [f"left out: {item.folder.name}, {item.reason}" for item in left_out]
-    return [markdown(measured), *notes, *(f"  {path}" for path in paths)]
+    notes = [folder.note for folder in left_out]
+    files = [f"  {path}" for path in paths]
+    return [markdown(measured), *notes, *files]

@@ -39,7 +39,8 @@ class Display:
                 task = add(job.name, start=False, total=job.settings.train.budget_tokens, shown="waiting")
                 self.tasks[task] = job
             yield
-        self.bars, self.tasks = None, {}
+        self.bars = None
+        self.tasks = {}
 
     def refresh(self) -> None:
         """Move every bar to where its run's metrics say it is."""

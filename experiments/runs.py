@@ -85,6 +85,11 @@ class LeftOut:
     folder: Path
     reason: str
 
+    @property
+    def note(self) -> str:
+        """A line for who reads the comparison."""
+        return f"left out: {self.folder.name}, {self.reason}"
+
 
 def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[LeftOut]]:
     """Read every folder once.
@@ -94,7 +99,9 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[LeftOut]]:
     Raises UserError when a path does not exist, a run is damaged or contradicts itself, or when no complete
     run remains.
     """
-    runs, left_out, faults = [], [], []
+    runs = []
+    left_out = []
+    faults = []
     for folder in dict.fromkeys(Path(name).resolve() for name in folders):
         try:
             run = read_run(folder)
@@ -132,8 +139,11 @@ def _told_apart(runs: Sequence[Run]) -> list[Run]:
     of_scratch = [number for number, run in enumerate(runs) if run.arm == SCRATCH]
     if len({tuple(own[number]) for number in of_scratch}) == 1:
         own |= {number: [] for number in of_scratch}
-    arms = ["-".join((run.arm, *own[number])) for number, run in enumerate(runs)]
-    return [replace(run, arm=arm) for run, arm in zip(runs, arms, strict=True)]
+    renamed = []
+    for number, run in enumerate(runs):
+        arm = "-".join([run.arm, *own[number]])
+        renamed.append(replace(run, arm=arm))
+    return renamed
 
 
 def _changes(run: Run) -> list[str]:
@@ -220,7 +230,8 @@ def check_run(run: Run) -> None:
 
     Raises UserError with every contradiction at once.
     """
-    summary, flops = run.summary, run.flops
+    summary = run.summary
+    flops = run.flops
     first = run.curve.losses[0]
     last = run.final_loss
     begin = run.curve.tokens[0]

@@ -18,6 +18,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,8 @@ class Candidate:
     def label(self) -> str:
         """Its name in files and tables: `lossless-depth_stack`."""
         changes = [override.rpartition(".")[2] for override in self.overrides]
-        label = "-".join([self.name, *changes]).replace("=", "_")
+        label = "-".join([self.name, *changes])
+        label = label.replace("=", "_")
         return re.sub(r"[^\w.-]+", "", label)
 
 
@@ -71,10 +73,12 @@ class Halving:
         """(tokens, how many go on from there) of each rung, until one is left."""
         rungs: list[tuple[int, int]] = []
         while candidates > 1:
-            tokens = self.lag_tokens / self.keep ** len(rungs)
-            kept = math.ceil(candidates * self.keep)
-            candidates = max(1, min(candidates - 1, kept))  # one is left out at least
-            rungs.append((round(tokens), candidates))
+            shrunk = self.keep ** len(rungs)
+            tokens = round(self.lag_tokens / shrunk)
+            share = math.ceil(candidates * self.keep)
+            all_but_one = candidates - 1
+            candidates = max(1, min(all_but_one, share))
+            rungs.append((tokens, candidates))
         return rungs
 
     @property
@@ -83,7 +87,8 @@ class Halving:
             yield f"lag_tokens: must be positive; found {self.lag_tokens}"
         if not 0 < self.keep < 1:
             yield f"keep: a share between 0 and 1; found {self.keep}"
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+        distinct = set(self.seeds)
+        if not distinct or len(distinct) < len(self.seeds):
             yield f"seeds: at least one, each once; found {list(self.seeds)}"
 
 
@@ -107,19 +112,24 @@ def question(study: str, words: Sequence[str]) -> Question:
     Raises:
         UserError: every fault of the words, at once.
     """
-    definition, faults = load_study(study), list[str]()
-    candidates, overrides, values = [], [], dict[str, Any]()
+    definition = load_study(study)
+    candidates = []
+    overrides = []
+    values: dict[str, Any] = {}
     for word in words:
         first, *changes = shlex.split(word) or [""]
         key, sign, value = first.partition("=")
         if not sign:
-            candidates.append(Candidate(first, tuple(changes)))
+            candidate = Candidate(first, tuple(changes))
+            candidates.append(candidate)
         elif key in Halving.__dataclass_fields__:
             values[key] = yaml.safe_load(value)
         else:
             overrides.append(first)
+    faults: list[str] = []
     halving = read(Halving, values, "", faults)
-    faults += [] if halving is None else list(halving.faults)
+    if halving is not None:
+        faults += halving.faults
     faults += _candidate_faults(definition, candidates)
     UserError.collect(faults)
     assert halving is not None
@@ -128,7 +138,8 @@ def question(study: str, words: Sequence[str]) -> Question:
 
 def _candidate_faults(study: Study, candidates: Sequence[Candidate]) -> Iterator[str]:
     """List what is wrong with the names of candidates."""
-    leaves = [path.stem for path in (CONF / "growth").glob("*.yaml")]
+    files = (CONF / "growth").glob("*.yaml")
+    leaves = [path.stem for path in files]
     known = {*study.arms, *leaves} - {SOURCE}
     labels = []
     for candidate in candidates:
@@ -151,18 +162,23 @@ def jobs_of(asked: Question, candidate: Candidate, budgets: Sequence[int]) -> li
     Raises:
         UserError: they compose to no run, or the lag lies within the warm-up.
     """
-    study, name = asked.study, candidate.name
+    study = asked.study
+    name = candidate.name
     arm = study.arms.get(name, Arm())
     growth = [f"growth={arm.growth or name}", f"growth.name={candidate.label}"]
     own = [*arm.overrides, *candidate.overrides]
-    label = f"${{study}}-select-{candidate.label}-lag{asked.halving.lag_tokens}"
+    lag = asked.halving.lag_tokens
+    label = f"${{study}}-select-{candidate.label}-lag{lag}"
     runs = []
     try:
-        alike = [*_constant(asked, _base(asked), budgets), *asked.overrides, "changes=''"]
-        shared = [*study.runs, *start_of(study), *growth, *own, *alike]
+        base = _base(asked)
+        schedule = _constant(asked, base, budgets)
+        start = start_of(study)
+        shared = [*study.runs, *start, *growth, *own, *schedule, *asked.overrides, "changes=''"]
         for seed in asked.halving.seeds:
             point = [f"seed={seed}", f"name='{label}-s{seed}'"]
-            runs.append(job_of(name, [*shared, *point]))
+            job = job_of(name, [*shared, *point])
+            runs.append(job)
     except UserError as fault:
         raise UserError(f"candidate {candidate.label}: {fault}") from None
     return runs
@@ -172,12 +188,15 @@ def _base(asked: Question) -> Settings:
     """The study's own run, which says what all candidates share."""
     from outgrow.train.settings import compose
 
-    return compose([*asked.study.runs, *start_of(asked.study), "growth=scratch", *asked.overrides])
+    study = asked.study
+    start = start_of(study)
+    return compose([*study.runs, *start, "growth=scratch", *asked.overrides])
 
 
 def _constant(asked: Question, base: Settings, budgets: Sequence[int]) -> list[str]:
     """One constant rate for all, after a warm-up that the lag lies beyond."""
-    lag, schedule = asked.halving.lag_tokens, base.schedule
+    lag = asked.halving.lag_tokens
+    schedule = base.schedule
     warmup = schedule.warmup_tokens
     if warmup is None:
         warmup = round(schedule.warmup_fraction * lag)
@@ -187,9 +206,14 @@ def _constant(asked: Question, base: Settings, budgets: Sequence[int]) -> list[s
             "it, or lower schedule.warmup_tokens"
         )
     rate = base.optimizer.learning_rate
-    course = ["schedule=wsd", "schedule.decay_fraction=0.0", f"schedule.warmup_tokens={warmup}"]
     horizons = ",".join(map(str, budgets))
-    return [*course, f"schedule.horizons=[{horizons}]", f"optimizer.learning_rate={rate!r}"]
+    return [
+        "schedule=wsd",
+        "schedule.decay_fraction=0.0",
+        f"schedule.warmup_tokens={warmup}",
+        f"schedule.horizons=[{horizons}]",
+        f"optimizer.learning_rate={rate!r}",
+    ]
 
 
 # ---- who goes on -------------------------------------------------------------------------------------------
@@ -218,7 +242,9 @@ class Standing:
     @property
     def cost(self) -> float:
         """FLOPs of all its runs."""
-        return sum(self.flops) + sum(self.operator_flops)
+        trained = sum(self.flops)
+        learned = sum(self.operator_flops)
+        return trained + learned
 
     @classmethod
     def of(cls, label: str, runs: Sequence[Run]) -> Standing:
@@ -233,10 +259,12 @@ class Standing:
 
 def ranked(standings: Sequence[Standing]) -> list[Standing]:
     """The best first; of those that tie with the best one left, the cheapest."""
-    left, order = sorted(standings, key=lambda one: (one.loss, one.cost)), list[Standing]()
+    left = sorted(standings, key=attrgetter("loss", "cost"))
+    order: list[Standing] = []
     while left:
-        alike = [one for one in left if ties(one, left[0])]
-        chosen = min(alike, key=lambda one: (one.cost, one.loss))
+        best = left[0]
+        alike = [standing for standing in left if ties(standing, best)]
+        chosen = min(alike, key=attrgetter("cost", "loss"))
         order.append(chosen)
         left.remove(chosen)
     return order
@@ -254,11 +282,13 @@ def ties(one: Standing, other: Standing) -> bool:
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
     """Spearman's; None of fewer than three, or where all of one are equal."""
-    if len(one) < 3 or 1 in (len(set(one)), len(set(other))):
+    distinct = min(len(set(one)), len(set(other)))
+    if len(one) < 3 or distinct == 1:
         return None
     from scipy.stats import spearmanr  # takes a second to import
 
-    return float(spearmanr(one, other).statistic)
+    result = spearmanr(one, other)
+    return float(result.statistic)
 
 
 # ---- the selection -----------------------------------------------------------------------------------------
@@ -298,7 +328,8 @@ class Selection:
 
     @property
     def winner(self) -> Standing:
-        return self.rungs[-1].standings[0]
+        last_rung = self.rungs[-1]
+        return last_rung.standings[0]
 
     @property
     def last(self) -> list[Standing]:
@@ -312,44 +343,55 @@ class Selection:
     @property
     def diverged(self) -> dict[str, Dropped]:
         """The candidates that diverged, by label."""
-        return {one.label: one for rung in self.rungs for one in rung.diverged}
+        dropped = itertools.chain.from_iterable(rung.diverged for rung in self.rungs)
+        return {candidate.label: candidate for candidate in dropped}
 
     @property
     def correlations(self) -> list[dict[str, Any]]:
         """Rank correlation of each column of losses with the next, over the candidates that have both."""
-        first = {one.label: fmean(one.start) for one in self.rungs[0].standings}
-        columns = {"right after growth": first}
+        first_rung = self.rungs[0]
+        starts = {standing.label: fmean(standing.start) for standing in first_rung.standings}
+        columns = {"right after growth": starts}
         for rung in self.rungs:
-            losses = {one.label: one.loss for one in rung.standings}
+            losses = {standing.label: standing.loss for standing in rung.standings}
             columns[f"{rung.tokens:,} tokens"] = losses
         rows = []
         for before, after in itertools.pairwise(columns):
             both = list(columns[after])
-            earlier, later = ([columns[name][label] for label in both] for name in (before, after))
+            earlier = [columns[before][label] for label in both]
+            later = [columns[after][label] for label in both]
             rho = rank_correlation(earlier, later)
-            rows.append({"from": before, "to": after, "candidates": len(both), "spearman": rho})
+            row = {"from": before, "to": after, "candidates": len(both), "spearman": rho}
+            rows.append(row)
         return rows
 
     @property
     def ledger(self) -> dict[str, Any]:
         """FLOPs that choosing took: of all, and of those that lost, which the winner's own ledger has not."""
-        costs, total = {}, 0.0
-        for one in self.last:
-            costs[one.label] = {"flops": sum(one.flops), "operator_flops": sum(one.operator_flops)}
-            total += one.cost
+        costs: dict[str, dict[str, float]] = {}
+        total = 0.0
+        for standing in self.last:
+            trained = sum(standing.flops)
+            learned = sum(standing.operator_flops)
+            costs[standing.label] = {"flops": trained, "operator_flops": learned}
+            total += standing.cost
         for label, dropped in self.diverged.items():  # further than where it last stood
-            before = sum(costs.get(label, {}).values())
+            counted = costs.get(label, {})
             own = {"flops": dropped.flops, "operator_flops": dropped.operator_flops}
             costs[label] = own
-            total += sum(own.values()) - before
+            total += sum(own.values()) - sum(counted.values())
         losers = total - self.winner.cost
         return {"flops": total, "losers_flops": losers, "candidates": costs}
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        rungs = [asdict(rung) for rung in self.rungs]
-        own = {"study": self.study, "winner": self.winner.label, "rungs": rungs}
-        return own | {"correlations": self.correlations, "ledger": self.ledger}
+        return {
+            "study": self.study,
+            "winner": self.winner.label,
+            "rungs": [asdict(rung) for rung in self.rungs],
+            "correlations": self.correlations,
+            "ledger": self.ledger,
+        }
 
 
 def select(asked: Question, jobs_at_once: int | None = None) -> Selection:
@@ -362,34 +404,41 @@ def select(asked: Question, jobs_at_once: int | None = None) -> Selection:
     from outgrow.experiments import study
     from outgrow.experiments.progress import Display
 
-    at_once, display = study.processes(jobs_at_once), Display()
+    at_once = study.processes(jobs_at_once)
+    display = Display()
     logs = Path("runs") / f"logs-select-{asked.study.name}"
     sources = study.ready_sources(asked.study, at_once, logs, display)
-    left, budgets = list(asked.candidates), list[int]()
+    left = list(asked.candidates)
     course = asked.halving.rungs(len(left))
+    all_budgets = [tokens for tokens, _ in course]
     for candidate in left:  # faults are told before the first one trains
-        jobs_of(asked, candidate, [tokens for tokens, _ in course])
-    rungs = []
+        jobs_of(asked, candidate, all_budgets)
+    rungs: list[Rung] = []
     for tokens, kept in course:
-        budgets.append(tokens)
+        # Train every candidate that is left up to this rung's tokens.
+        budgets = all_budgets[: len(rungs) + 1]
         todo = {candidate.label: jobs_of(asked, candidate, budgets) for candidate in left}
-        every = [job for jobs in todo.values() for job in jobs]
+        every = list(itertools.chain.from_iterable(todo.values()))
         missing = [job for job in every if not study.complete(job, *sources)]
-        display.say(f"{tokens:,} tokens: {len(left)} candidates, {len(missing)} of {len(every)} runs to do")
+        counts = f"{len(left)} candidates, {len(missing)} of {len(every)} runs to do"
+        display.say(f"{tokens:,} tokens: {counts}")
         errors: Mapping[str, BaseException] = {}
         if missing:
             study.prepare_text(missing, display)
             try:
                 study.run_jobs(missing, at_once, logs, display)
             except study.RunFailed as fault:
-                if not all(isinstance(error, Diverged) for error in fault.errors.values()):
+                others = [error for error in fault.errors.values() if not isinstance(error, Diverged)]
+                if others:
                     raise
                 errors = fault.errors
+        # Rank them; the better share goes on.
         rung = _rung(tokens, kept, todo, errors)
         rungs.append(rung)
         for dropped in rung.diverged:
             display.say(f"{dropped.label} diverged and is out: {dropped.reason}")
-        going = {one.label for one in rung.standings[:kept]}
+        best = rung.standings[:kept]
+        going = {standing.label for standing in best}
         left = [candidate for candidate in left if candidate.label in going]
         if len(left) == 1:
             break
@@ -411,20 +460,25 @@ def _rung(
     standings = []
     dropped = []
     for label, jobs in todo.items():
-        reasons = [str(errors[job.name]) for job in jobs if job.name in errors]
+        failed = [job.name for job in jobs if job.name in errors]
+        reasons = [str(errors[name]) for name in failed]
         reasons += filter(None, map(_without_loss, jobs))
         if reasons:
             flops = sum(map(_spent, jobs))
             learned = sum(map(_learned_flops, jobs))
-            dropped.append(Dropped(label, reasons[0], flops, learned))
+            candidate = Dropped(label, reasons[0], flops, learned)
+            dropped.append(candidate)
         else:
-            standings.append(Standing.of(label, _runs(jobs)))
+            standing = Standing.of(label, _runs(jobs))
+            standings.append(standing)
     if not standings:
-        listing = "\n".join(f"  - {one.label}: {one.reason}" for one in dropped)
+        lines = [f"  - {candidate.label}: {candidate.reason}" for candidate in dropped]
+        listing = "\n".join(lines)
         raise UserError(
             f"every candidate diverged; lower optimizer.learning_rate or raise lag_tokens\n{listing}"
         )
-    return Rung(tokens, tuple(ranked(standings)), kept, tuple(dropped))
+    best_first = tuple(ranked(standings))
+    return Rung(tokens, best_first, kept, tuple(dropped))
 
 
 def _without_loss(job: Job) -> str | None:
@@ -440,8 +494,11 @@ def _spent(job: Job) -> float:
     last = 0.0
     for folder in job.folders:
         metrics = folder / folders.METRICS
-        rows = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-        paid = [json.loads(row).get("flops") or 0.0 for row in rows]
+        if not metrics.is_file():
+            continue
+        text = metrics.read_text(encoding="utf-8")
+        rows = map(json.loads, text.splitlines())
+        paid = [row.get("flops") or 0.0 for row in rows]
         last = max([last, *paid])
     return last
 

@@ -16,7 +16,8 @@ def table(selection: Selection) -> str:
     """Markdown: where each candidate stood after each rung, what it cost, and the rank correlations."""
     tokens = [f"{rung.tokens:,} tokens" for rung in selection.rungs]
     heads = ["candidate", "right after growth", *tokens, "FLOPs", "of which learned"]
-    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    numbers = len(heads) - 1
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * numbers]
     for one in selection.last:
         name = f"**{one.label}**" if one is selection.winner else one.label
         cells = [name, f"{fmean(one.start):.4f}"]
@@ -25,14 +26,16 @@ def table(selection: Selection) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     for rung in selection.rungs:
         for out in rung.diverged:
-            lines += ["", f"**{out.label}** diverged before {rung.tokens:,} tokens and is out: {out.reason}"]
+            when = f"diverged before {rung.tokens:,} tokens"
+            lines += ["", f"**{out.label}** {when} and is out: {out.reason}"]
     for row in selection.correlations:
         rho = "too few to rank" if row["spearman"] is None else f"{row['spearman']:+.2f}"
         lines += [
             "",
             f"rank correlation, {row['from']} → {row['to']}: {rho} ({row['candidates']} candidates)",
         ]
-    ledger, seeds = selection.ledger, len(selection.winner.losses)
+    ledger = selection.ledger
+    seeds = len(selection.winner.losses)
     spent = f"choosing took {ledger['flops']:.3g} FLOPs, {ledger['losers_flops']:.3g} of them on what lost"
     judged = f"ties within 95 % over {seeds} seeds went to the cheaper one"
     if seeds == 1:

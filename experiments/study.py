@@ -131,7 +131,8 @@ def check_control(study: Study, todo: Sequence[Job]) -> None:
     from outgrow.train.start.source import target_config
 
     grown = [job for job in todo if study.counts_as(job.arm) != SCRATCH]
-    if not grown or not any(job.settings.schedule.horizons for job in todo):
+    has_horizons = any(job.settings.schedule.horizons for job in todo)
+    if not grown or not has_horizons:
         return
     sizes = set()
     for job in todo:
@@ -168,7 +169,8 @@ def judged_texts(
 
     check_held_out(study.judged_on, [*todo, *sources])
     display.say(f"texts to judge on: {', '.join(study.judged_on)}")
-    return open_texts(study.judged_on, todo[0], text_of(todo[0]))
+    first = todo[0]
+    return open_texts(study.judged_on, first, text_of(first))
 
 
 def processes(asked: int | None) -> int:
@@ -218,7 +220,8 @@ def text_of(job: Job) -> DataSettings:
     from outgrow.train.run.reading import reading
 
     source = Path(job.settings.source or "")
-    own_source = source if job.settings.source and source.is_dir() else None
+    is_folder = bool(job.settings.source) and source.is_dir()
+    own_source = source if is_folder else None
     return reading(job.settings, own_source, read_run(job.folder))
 
 
@@ -294,14 +297,16 @@ def _end(processes: Sequence[BaseProcess]) -> None:
         process.terminate()
     until = time.monotonic() + GRACE_S
     for process in processes:
-        process.join(max(0.0, until - time.monotonic()))
+        left = until - time.monotonic()
+        process.join(max(0.0, left))
         if process.is_alive():
             process.kill()
 
 
 def _words(job: Job, error: BaseException, logs: Path) -> str:
     """Say which run failed, why, and where its log is."""
-    return f"{job.name}: {error}\n(its log: {log_of(job, logs)})"
+    log = log_of(job, logs)
+    return f"{job.name}: {error}\n(its log: {log})"
 
 
 def log_of(job: Job, logs: Path) -> Path:

@@ -171,7 +171,8 @@ def source_jobs(study: Study) -> list[Job]:
     own = source_job(study)
     runs = [] if own is None else [own]
     for name, overrides in study.sources.items():
-        runs.append(job_of(SOURCE, [*overrides, "changes=''", f"name={_source_run(study, name)}"]))
+        own_name = f"name={_source_run(study, name)}"
+        runs.append(job_of(SOURCE, [*overrides, "changes=''", own_name]))
     return runs
 
 
@@ -217,7 +218,9 @@ def _arm_overrides(study: Study, name: str, of_all: Sequence[str]) -> list[str]:
     arm = study.arms[name]
     growth = arm.growth or name
     names = [f"growth={growth}", f"growth.name={study.counts_as(name)}"]
-    start = start_of(study) if arm.source is None else [f"source=runs/{_source_run(study, arm.source)}/final"]
+    start = start_of(study)
+    if arm.source is not None:
+        start = [f"source=runs/{_source_run(study, arm.source)}/final"]
     overrides = [*study.runs, *of_all, *start, *names, *arm.overrides]
     if growth in CONTROLS:
         overrides += equal_flops(overrides)

@@ -24,7 +24,7 @@ import yaml
 import outgrow.model.family
 import outgrow.model.notation
 from helpers.models import TINY
-from outgrow.experiments.horizon_report import answer
+from outgrow.experiments.horizon_answer import answer
 from outgrow.experiments.horizons import RECORD, read_ends, worths
 from outgrow.experiments.table import check_table
 from outgrow.growth import grow, plan

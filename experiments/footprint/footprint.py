@@ -11,7 +11,7 @@ from typing import Any, Literal
 from outgrow.experiments.suite.evaluate import checkpoint_of, titles
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import read_object
-from outgrow.model.base.settings import CONF, compose_config, plain, read
+from outgrow.model.base.settings import CONF, compose_config, settings_of
 from outgrow.train.run.folder import RUN, SUMMARY
 from outgrow.train.run.record import RunRecord, Summary
 from outgrow.train.start.source import LEDGER
@@ -93,16 +93,15 @@ def settings_from(overrides: Sequence[str]) -> CostSettings:
         UserError: with every fault of them.
     """
     cfg, faults = compose_config(CONF, "cost", list(overrides))
-    values = plain(cfg, faults)
-    settings = read(CostSettings, values, "", faults) if values else None
-    if settings is not None and settings.context < 2:
-        faults.append(f"context: must be at least 2; found {settings.context}")
-    mfu = 1.0 if settings is None else settings.mfu
-    if not 0 < mfu <= 1:
-        faults.append(f"mfu: a share of the device's peak, above 0 and at most 1; found {mfu}")
-    UserError.collect(faults)
-    assert settings is not None
-    return settings
+    return settings_of(CostSettings, cfg, faults, _disagreements)
+
+
+def _disagreements(settings: CostSettings) -> Iterator[str]:
+    """Yield the faults between well-typed values."""
+    if settings.context < 2:
+        yield f"context: must be at least 2; found {settings.context}"
+    if not 0 < settings.mfu <= 1:
+        yield f"mfu: a share of the device's peak, above 0 and at most 1; found {settings.mfu}"
 
 
 def footprints(folders: Sequence[str], settings: CostSettings) -> list[Footprint]:

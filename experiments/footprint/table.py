@@ -97,7 +97,8 @@ def _cells(row: Footprint) -> list[str]:
 
 
 def _hours(row: Footprint, mark: str) -> str:
-    own, everything = row.gpu_hours, row.gpu_hours_in_all
+    own = row.gpu_hours
+    everything = row.gpu_hours_in_all
     if own is None or everything is None or everything == own:
         return _number(own, mark)
     with_source = _number(everything, "")
@@ -125,7 +126,8 @@ def _notes(settings: CostSettings) -> list[str]:
         "GB at the context ≈: weights and the cache of a full context in float16, and "
         f"{ALLOWANCE / 1e9:g} GB for all else.",
     ]
-    return notes + credits((row.name, f"{row.source}; {row.note}.") for row in published())
+    pairs = [(row.name, f"{row.source}; {row.note}.") for row in published()]
+    return notes + credits(pairs)
 
 
 def as_csv(rows: Sequence[Footprint]) -> str:

@@ -6,14 +6,14 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import read_object, write_json
-from outgrow.model.base.settings import CONF, compose_config, plain, read
+from outgrow.model.base.settings import CONF, compose_config, settings_of
 from outgrow.model.checkpoint import locate
 from outgrow.model.gguf import gguf_in
 from outgrow.train.run.folder import FINAL, RUN
@@ -57,15 +57,15 @@ def settings_from(overrides: Sequence[str]) -> EvaluateSettings:
         UserError: with every fault of them.
     """
     cfg, faults = compose_config(CONF, "evaluate", list(overrides))
-    values = plain(cfg, faults)
-    settings = read(EvaluateSettings, values, "", faults) if values else None
-    if settings is not None:
-        batch, limit = settings.batch, settings.limit
-        if batch <= 0 or (limit is not None and limit <= 0):
-            faults.append(f"batch, limit: must be positive; found {batch}, {limit}")
-    UserError.collect(faults)
-    assert settings is not None
-    return settings
+    return settings_of(EvaluateSettings, cfg, faults, _disagreements)
+
+
+def _disagreements(settings: EvaluateSettings) -> Iterator[str]:
+    """Yield the faults between well-typed values."""
+    batch = settings.batch
+    limit = settings.limit
+    if batch <= 0 or (limit is not None and limit <= 0):
+        yield f"batch, limit: must be positive; found {batch}, {limit}"
 
 
 def evaluate(
@@ -112,8 +112,10 @@ def _measure(
     """Make the scores that are not there yet, one network in memory at a time."""
     from outgrow.train.suite.harness import Harness
 
-    local = None if settings.tasks is None else Path(settings.tasks).expanduser()
-    harness = Harness(None if local is None else local.resolve(), bars=sys.stderr.isatty())
+    local = None
+    if settings.tasks is not None:
+        local = Path(settings.tasks).expanduser().resolve()
+    harness = Harness(local, bars=sys.stderr.isatty())
     run_code = settings.run_code
     loaded = harness.load(tasks, run_code=run_code)
     for name, folder, kept in zip(names, folders, scores, strict=True):
@@ -154,7 +156,8 @@ def checkpoint_of(run: Path) -> Path:
 def titles(runs: Sequence[str]) -> list[str]:
     """The names of runs and checkpoints: their folders', or what was typed where two folders' are one."""
     names = [title(Path(run).resolve()) for run in runs]
-    return [run if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
+    pairs = zip(runs, names, strict=True)
+    return [run if names.count(name) > 1 else name for run, name in pairs]
 
 
 def title(checkpoint: Path) -> str:
@@ -194,7 +197,8 @@ def network_of(folder: Path, settings: EvaluateSettings) -> tuple[Any, Any]:
     device = settings.device
     if device == "auto":
         device = "cuda" if cuda else "cpu"
-    network: Any = load_model(folder, dtype=settings.dtype).eval()
+    network: Any = load_model(folder, dtype=settings.dtype)
+    network.eval()
     rows = network.get_input_embeddings().weight.shape[0]
     count = entries(tokenizer)
     if count > rows:

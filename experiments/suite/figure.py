@@ -27,7 +27,8 @@ def draw(suite: Suite, evaluated: Sequence[Evaluated], path: Path) -> None:
     shown = measured if any(map(_has_group, evaluated)) else [row.values for row in drawn]
     groups = columns_of(suite, groups=True)
     columns = [name for name in groups if any(row[name] is not None for row in shown)]
-    drawn = [row for row in drawn if row.ours or any(row.values[name] is not None for name in columns)]
+    with_number = [row for row in drawn if any(row.values[name] is not None for name in columns)]
+    drawn = [row for row in drawn if row.ours or row in with_number]
     drawn.reverse()  # the first on top
     names = [row.name for row in drawn]
     colours = [OURS if row.ours else PUBLISHED for row in drawn]

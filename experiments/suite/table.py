@@ -111,7 +111,8 @@ def markdown(suite: Suite, evaluated: Sequence[Evaluated]) -> str:
             "beside a published row. (A file that holds the benchmark's own items says so with "
             "metadata: {benchmark_items: true}.)"
         )
-    notes += credits((row.name, f"{row.source}, {row.note}.") for row in published())
+    pairs = [(row.name, f"{row.source}, {row.note}.") for row in published()]
+    notes += credits(pairs)
     lines = [f"* {note}" for note in notes]
     parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"

@@ -13,7 +13,9 @@ import pytest
 import wandb
 
 from outgrow.experiments.__main__ import main
-from outgrow.experiments.horizon_report import answer, build, markdown, table, write
+from outgrow.experiments.horizon_answer import answer
+from outgrow.experiments.horizon_picture import build
+from outgrow.experiments.horizon_report import markdown, table, write
 from outgrow.experiments.horizons import (
     RECORD,
     BaselineCurve,

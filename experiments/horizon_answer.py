@@ -1,0 +1,117 @@
+"""The answer of a study's horizons, in two sentences made of its ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from outgrow.experiments.horizons import Bound, Point, Worth
+from outgrow.experiments.runs import NULL_CONTROL, SCRATCH
+
+
+def answer(rows: Sequence[Worth]) -> str:
+    """The finding in two sentences: what the best grown arm is worth at the longest horizon that one has, and
+    where the control ends for the same FLOPs.
+    """
+    grown = [row for row in rows if is_grown(row, rows)]
+    if not grown:
+        return "No arm grew, so nothing can be said of a speed-up."
+    best = max(grown, key=_merit)
+    point = best.point
+    count = len(point.ends)
+    plural = "s" if count > 1 else ""
+    seeds = f"{count} seed{plural}: {seed_numbers(point)}"
+    return (
+        f"At {point.tokens_per_parameter:.0f} tokens a parameter {_verdict(best)}: {point.arm} is worth S "
+        f"{_relation(best)} against scratch, everything paid ({seeds}). {_control(best, rows)}"
+    )
+
+
+def _merit(row: Worth) -> tuple[int, float, float]:
+    """The longest horizon first; there the largest speed-up, then the lowest loss."""
+    point = row.point
+    return point.tokens, least_speedup(row), -point.val_loss
+
+
+def least_speedup(row: Worth) -> float:
+    """The speed-up, source included, that a row is known to reach."""
+    if row.speedup_included is not None:
+        return row.speedup_included
+    bound = row.bound_included
+    if bound is None or bound.side != ">":
+        return 0.0
+    return bound.value
+
+
+def _relation(row: Worth) -> str:
+    """A row's speed-up as the end of a sentence: = 1.21 ± 0.27, > 0.93."""
+    if row.speedup_included is None:
+        return str(row.bound_included)
+    spread = row.interval_included
+    interval = "" if spread is None else f" ± {spread:.2f}"
+    return f"= {row.speedup_included:.2f}{interval}"
+
+
+def _verdict(row: Worth) -> str:
+    """The verdict on growth; an interval that holds S = 1 gives none, nor does a bound on its other side."""
+    speedup = row.speedup_included
+    if speedup is None:
+        assert row.bound_included is not None
+        return _verdict_of_bound(row.bound_included)
+    interval = row.interval_included or 0.0
+    distance = abs(speedup - 1.0)
+    if interval and distance <= interval:
+        return "the seeds do not tell whether growth pays"
+    return "growth pays" if speedup > 1.0 else "growth does not pay"
+
+
+def _verdict_of_bound(bound: Bound) -> str:
+    """The verdict where scratch's curve ends before the loss, or begins after it."""
+    if bound.side == ">":
+        pays = bound.value >= 1.0
+        return "growth pays" if pays else "scratch ends too early to tell whether growth pays"
+    does_not = bound.value <= 1.0
+    return "growth does not pay" if does_not else "scratch begins too late to tell whether growth pays"
+
+
+def is_grown(row: Worth, rows: Sequence[Worth]) -> bool:
+    """Check for an arm that is neither scratch nor the control."""
+    is_scratch = row.point.arm == SCRATCH
+    return not is_scratch and not is_control(row, rows)
+
+
+def is_control(row: Worth, rows: Sequence[Worth]) -> bool:
+    """Check for a network that stays smaller than scratch's: trained longer, not bigger."""
+    largest = max(other.point.parameters for other in rows)
+    return row.point.parameters < largest
+
+
+def _control(best: Worth, rows: Sequence[Worth]) -> str:
+    """The control's end that cost most nearly what `best` did, against it."""
+    controls = [row.point for row in rows if is_control(row, rows)]
+    plain = [point for point in controls if point.arm != NULL_CONTROL]
+    own = best.point
+
+    def distance(point: Point) -> tuple[float, float]:
+        ratio = point.paid / own.paid
+        return abs(math.log(ratio)), point.val_loss
+
+    near = min(plain or controls, key=distance)
+    gap = near.val_loss - own.val_loss
+    side = "higher" if gap > 0 else "lower"
+    near_teraflop = near.paid / 1e12
+    own_teraflop = own.paid / 1e12
+    return (
+        f"The control, {near.arm} trained on for {near_teraflop:.2f} TFLOP, ends {abs(gap):.3f} nats "
+        f"{side} than {own.arm} for {own_teraflop:.2f}."
+    )
+
+
+def seed_numbers(point: Point) -> str:
+    """The seeds of a point: 0, 1, 2."""
+    seeds = [str(end.seed) for end in point.ends]
+    return ", ".join(seeds)
+
+
+def speedup_text(value: float | None, bound: Bound | None) -> str:
+    return str(bound) if value is None else f"{value:.2f}"
