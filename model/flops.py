@@ -4,7 +4,8 @@ meta device.
 `torch.utils.flop_counter.FlopCounterMode` counts every multiplication of matrices by its shapes. Two things
 are set right here: attention is counted over the pairs of positions that its mask lets through (causal,
 sliding windows, chunks), not over all of them; and of experts only those that a token is sent to are computed
-(`batched_mm`). Towers that text does not go through are not counted.
+(`batched_mm`). Towers that text does not go through are not counted. Attention that chooses among earlier
+positions by itself (an indexer with a budget) is counted as if it read all of them.
 
 Shapes in attention: queries (rows, heads, positions, qk), values (rows, heads, positions, v), as the library
 hands them over; the result is (rows, positions, heads, v).
@@ -187,6 +188,8 @@ def _counting(model: Any, calls: list[_Call], experts: str) -> Iterator[None]:
         batch_size: int, q_length: int, kv_length: int, mask_function: Any, device: Any = "cpu", **_: Any
     ) -> Any:
         mask = torch.zeros(batch_size, 1, q_length, kv_length, device=device)
+        if mask.device.type != "meta":  # a class that chooses positions asks which it may see
+            mask.masked_fill_(_hidden(mask_function, q_length, kv_length), torch.finfo(mask.dtype).min)
         masks[mask.untyped_storage()._cdata] = mask_function
         alive.append(mask)
         return mask
@@ -243,6 +246,21 @@ def _configs(model: Any) -> Iterator[tuple[str, Any]]:
             yield "_attn_implementation_internal", config
             if hasattr(config, "_experts_implementation_internal"):
                 yield "_experts_implementation_internal", config
+
+
+def _hidden(mask: _MaskFunction, queries: int, keys: int) -> torch.Tensor:
+    """The pairs that a mask hides, (query, key), where queries are the last of the keys; the later keys of a
+    mask that takes no whole rows of positions.
+    """
+    import torch
+
+    zero = torch.zeros((), dtype=torch.int64)
+    rows = torch.arange(keys - queries, keys)[:, None]
+    columns = torch.arange(keys)[None, :]
+    try:
+        return ~mask(zero, zero, rows, columns).expand(queries, keys)
+    except Exception:
+        return columns > rows
 
 
 def _mean_attended(mask: Callable[..., Any] | None, context: int) -> float:

@@ -32,7 +32,7 @@ TYPES = [
 MORE = [
     "codegen", "gpt_neox", "gptj", "opt", "phi", "stablelm", "deepseek_v2", "deepseek_v3", "minicpm3", "qwen2_moe", "olmoe", "granitemoe",
     "glm4_moe", "dots1", "gpt_oss", "llama4", "gemma3", "gemma4_text", "rembert", "xlnet", "xlm", "xmod", "jetmoe", "dbrx",
-    "longcat_flash", "big_bird",
+    "longcat_flash", "big_bird", "qwen4_exp", "qwen4_exp_text",
 ]  # fmt: skip
 SAID: dict[str, Any] = {
     "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000.0}},
@@ -43,6 +43,7 @@ SAID: dict[str, Any] = {
     "big_bird": {"is_decoder": True},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "qwen4_exp": {"text_config": {"model_type": "qwen4_exp_text", **script("count_architectures").INDEXED}},
+    "qwen4_exp_text": script("count_architectures").INDEXED,
 }
 
 
