@@ -234,7 +234,8 @@ def stored_names(model: PreTrainedModel) -> dict[str, str]:
     others = [name for name in stored if name not in parameters]
     for renaming in get_model_conversion_mapping(model, add_legacy=False):
         names |= {renaming.rename_source_key(name)[0]: name for name in others}
-    return {name: names[name] for name in parameters}
+    # what the schema has no line for (a cross-attention) keeps its name, and is told as unknown
+    return {name: names.get(name, name) for name in parameters}
 
 
 def meta_model(config: Config) -> PreTrainedModel:

@@ -13,8 +13,8 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from helpers.families import FLOOR, config_of, families
-from helpers.models import make_checkpoint
-from outgrow.growth import grow, plan
+from helpers.models import make_checkpoint, random_model
+from outgrow.growth import grow, grow_model, plan
 from outgrow.growth.moments import inexact
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import load_model, to_hf_config
@@ -156,6 +156,12 @@ def test_a_switch_that_adds_tensors_is_told_with_what_it_was(name: str, switch: 
     assert tensor in str(caught.value)
     assert words in str(caught.value)
     assert plan(config, {switch: True}, "scratch").certificate.reasons  # which takes nothing from it
+
+
+def test_modules_of_a_model_in_memory_without_a_line_are_told() -> None:
+    model = random_model(config_of("gpt2", add_cross_attention=True))
+    with pytest.raises(UserError, match=r"unknown transformer\.h\.0\.crossattention\.c_attn\.bias"):
+        grow_model(model, {"n_inner": 80})
 
 
 def test_layers_in_another_order_are_told_so() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from helpers.models import TINY
 from outgrow.model.presets import preset
+from outgrow.model.twin import tiny_twin
 from outgrow.train.machine.device import BANDWIDTH, PEAK_BF16_FLOPS, named
 from outgrow.train.machine.forecast import FILLED, GIB, forecast, largest_micro_batch
 from outgrow.train.machine.inference import cache_bytes, inference_memory, least_seconds_per_token
@@ -35,6 +36,17 @@ def test_the_cache_is_two_entries_for_each_token_layer_head_and_place(
     config: dict[str, Any], tokens: int, heads: int
 ) -> None:
     assert cache_bytes(config, CONTEXT) == 2 * LAYERS * tokens * heads * HEAD * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["jetmoe", "phimoe"])
+def test_the_cache_of_a_class_that_asks_for_values_is_counted_too(kind: str) -> None:
+    """Its experts loop over the tokens that chose them."""
+    config = tiny_twin({"model_type": kind}).config
+    heads = config["num_key_value_heads"]
+    width = config.get("kv_channels") or config["hidden_size"] // config["num_attention_heads"]
+    entries = 2 * config["num_hidden_layers"] * heads * width
+    assert cache_bytes(config, CONTEXT) == entries * CONTEXT * 2
 
 
 @pytest.mark.slow

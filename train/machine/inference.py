@@ -7,17 +7,24 @@ device's memory is what bounds it (arXiv 2211.05102).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.quiet import quietly
 from outgrow.model.build import empty_model
 from outgrow.model.geometry import matmul_parameter_count, parameter_count
+from outgrow.model.hollow import hollow
 from outgrow.train.machine.memory import on_fakes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HALF = 2  # bytes of a weight and of an entry of the cache in float16
 # Bytes for the driver and the activations of one token: what weights and cache of Phi-1.5 leave of the 3.5 GB
@@ -49,14 +56,29 @@ def inference_memory(config: dict[str, Any], context: int) -> InferenceMemory:
 
 def cache_bytes(config: dict[str, Any], context: int) -> int:
     """The bytes of the KV cache after `context` tokens in float16, counted on a forward pass of a fake
-    network: what grouped queries, windows and states save is in it.
+    network, or of a hollow one where the class asks for values (`model.hollow`): what grouped queries,
+    windows and states save is in it.
 
     Raises:
-        UserError: the class's forward pass depends on values.
+        UserError: the class's forward pass runs in neither way.
     """
     with FakeTensorMode():
-        network: Any = empty_model(config, dtype=torch.float16).eval()
-    with on_fakes(network), torch.no_grad():
+        network = empty_model(config, dtype=torch.float16).eval()
+    try:
+        return _cache_in(on_fakes, network, context)
+    except UserError as refusal:
+        try:
+            with quietly():
+                return _cache_in(hollow, network, context)
+        except Exception:  # the library's classes raise every kind
+            raise refusal from None
+
+
+def _cache_in(
+    world: Callable[[Any], AbstractContextManager[None]], network: PreTrainedModel, context: int
+) -> int:
+    """The bytes that a forward pass in the block of `world` leaves in its cache."""
+    with world(network), torch.no_grad():
         ids = torch.zeros(1, context, dtype=torch.int64)
         out = network(input_ids=ids, use_cache=True)
     kept = [out.get(name) for name in ("past_key_values", "cache_params")]
