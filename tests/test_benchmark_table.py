@@ -73,6 +73,15 @@ def test_medians_and_ratios_are_those_of_the_rounds(bench: ModuleType) -> None:
     assert "load" not in bench.table(result | {"load_before": 0.2})
 
 
+def test_experts_were_streamed(bench: ModuleType) -> None:
+    record = json.loads((ROOT / "benchmarks" / "bench_growth.json").read_text())[bench.EXPERTS]
+    assert record["layers"] == 24
+    assert record["peak_bytes"]["upcycling"] < 150e6 < record["peak_bytes"]["mergekit-moe"]
+    assert (
+        record["peak_bytes"]["a quarter by hand: load, copy, save"] > record["bytes"]["upcycling a quarter"]
+    )
+
+
 def test_a_part_that_is_measured_alone_leaves_the_other_as_it_was(bench: ModuleType) -> None:
     kept = {"machine": "one", "seconds": {"growth": 3.0}}
     mixture = {"machine": "two"}
