@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -308,3 +309,20 @@ def test_a_scheduler_out_of_reach_is_told(settings: DataSettings, monkeypatch: p
         prepare(settings, progress=False, executor=SLURM)
     with pytest.raises(UserError, match=r"corpus\.partition: missing"):
         prepare(settings, progress=False, executor=ExecutorSettings("slurm"))
+
+
+def test_a_ray_cluster_out_of_reach_is_told(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: object) -> None:
+        raise ConnectionError("no answer\nfrom 127.0.0.1:6379")
+
+    ray = ModuleType("ray")
+    ray.is_initialized = lambda: False  # type: ignore[attr-defined]
+    ray.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    told = (
+        r"corpus\.executor=ray: RAY_ADDRESS=127\.0\.0\.1:6379 cannot be reached .*no answer\); name a cluster"
+    )
+    with pytest.raises(UserError, match=told):
+        prepare(settings, progress=False, executor=ExecutorSettings("ray"))
+    assert not settings.home.exists()

@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from datatrove.executor.base import DistributedEnvVars, PipelineExecutor
+from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, first_line
 from outgrow.model.keys import without
 from outgrow.train.corpus.progress import bar
 from outgrow.train.corpus.settings import ExecutorSettings
@@ -173,9 +174,9 @@ def _begin() -> None:
 # ---- a cluster ---------------------------------------------------------------------------------------------
 
 
-class SlurmExecutor(SlurmPipelineExecutor):
-    """datatrove's, whose tasks leave what is wrong with their input where the one who waits for them finds
-    it."""
+class TellsFaults(PipelineExecutor):
+    """A cluster's executor whose tasks leave what is wrong with their input where the one who waits for them
+    finds it."""
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         try:
@@ -185,12 +186,25 @@ class SlurmExecutor(SlurmPipelineExecutor):
                 file.write(str(fault))
             raise
 
+    def forget_faults(self) -> None:
+        """Remove what the tasks of an earlier attempt left."""
+        if self.logging_dir.isdir("faults"):
+            self.logging_dir.rm("faults", recursive=True)
+
     def fault(self) -> str | None:
         """The fault in the input of the first task that failed for it."""
         for path in self.logging_dir.list_files("faults") if self.logging_dir.isdir("faults") else []:
             with self.logging_dir.open(path, "r") as file:
                 return str(file.read())
         return None
+
+
+class SlurmExecutor(TellsFaults, SlurmPipelineExecutor):
+    """datatrove's for Slurm."""
+
+
+class RayExecutor(TellsFaults, RayPipelineExecutor):
+    """datatrove's for Ray."""
 
 
 def _slurm(
@@ -227,9 +241,7 @@ def _slurm(
     if not (
         submitted.is_file() and _is_queued(submitted.read_text())
     ):  # else it was submitted before the one who waited was stopped
-        logs = executor.logging_dir
-        if logs.isdir("faults"):
-            logs.rm("faults", recursive=True)
+        executor.forget_faults()
         try:
             executor.run()
         except (OSError, subprocess.CalledProcessError) as error:
@@ -270,22 +282,39 @@ def _ray(
     tasks: int,
     folder: Path,
 ) -> None:
-    """Run the tasks on the Ray cluster that RAY_ADDRESS names, or on a local one."""
+    """Run the tasks on the Ray cluster that RAY_ADDRESS names, or on a local one.
+
+    Raises:
+        UserError: Ray is not installed or cannot be reached, or a task failed.
+    """
     try:
         import ray
-        from datatrove.executor.ray import RayPipelineExecutor
     except ImportError as error:
         raise UserError("corpus.executor=ray needs ray: pip install -e '.[ray]'") from error
-    ray.init(ignore_reinit_error=True)
-    executor = RayPipelineExecutor(
+    if not ray.is_initialized():
+        try:
+            ray.init(log_to_driver=False)
+        except Exception as error:  # Ray raises bare ones, and those of its client
+            address = os.environ.get("RAY_ADDRESS")
+            where = f"RAY_ADDRESS={address}" if address else "a local cluster"
+            raise UserError(
+                f"corpus.executor=ray: {where} cannot be reached or started ({first_line(error)}); name a "
+                "cluster that runs, or give corpus.executor=local"
+            ) from error
+    executor = RayExecutor(
         pipeline,
         tasks,
         workers=settings.at_once or -1,
+        cpus_per_task=settings.cpus,
         mem_per_cpu_gb=settings.memory_gb,
         logging_dir=str(folder),
     )
+    executor.forget_faults()
     executor.run()
+    if (fault := executor.fault()) is not None:
+        raise UserError(fault)
     if left := executor.get_incomplete_ranks():
         raise UserError(
-            f"{name}: {len(left)} of {tasks} tasks are not done (the first: {left[0]}); see {folder / 'logs'}"
+            f"{name}: {len(left)} of {tasks} tasks are not done (the first: {left[0]}); see "
+            f"{folder / 'logs'}. The same command goes on with them"
         )
