@@ -27,6 +27,7 @@ from outgrow.train.suite.suite import load_suite
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+SEEDS = 2**63
 # the operators that grow nothing: build the target afresh; train the source itself on
 UNGROWN = ("scratch", "source")
 
@@ -315,6 +316,14 @@ def _disagreements(settings: Settings) -> list[str]:
             f"out: must be a folder of its own; found {settings.out!r}; leave it away for "
             f"runs/{settings.name}"
         )
+    seeds = {"seed": settings.seed, "data.seed": settings.data.seed}
+    for key, seed in seeds.items():
+        if not 0 <= seed < SEEDS:
+            faults.append(f"{key}: from 0 on, less than 2^63, as random generators take it; found {seed}")
+    counts = {"source_tokens": settings.source_tokens, "forecast.days": settings.forecast.days}
+    for key, count in counts.items():
+        if count is not None and count <= 0:
+            faults.append(f"{key}: must be positive, or null; found {count}")
     forecast = settings.forecast
     gpus = forecast.gpus
     mfu = forecast.mfu

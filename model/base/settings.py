@@ -616,8 +616,7 @@ def _read_sequence(
 ) -> Any:
     fixed = origin is tuple and Ellipsis not in arguments
     is_list = isinstance(value, (list, tuple))
-    wrong_length = fixed and len(value) != len(arguments)
-    if not is_list or wrong_length:
+    if not is_list or (fixed and len(value) != len(arguments)):
         faults.append(_misfit(path, hint, value))
         return None
     kinds = arguments if fixed else arguments[:1] * len(value)
