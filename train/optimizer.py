@@ -20,19 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim._muon import muon as muon_step
 
 from outgrow.model.base.errors import UserError
 from outgrow.model.composite import flat
 from outgrow.model.family import has_schema
 from outgrow.model.matrices import parameters_of
 from outgrow.model.twin import layerless
+from outgrow.train.muon import Muon, StackedMuon
 
 if TYPE_CHECKING:
     from outgrow.train.settings import OptimizerSettings
 
 Groups = list[dict[str, Any]]
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration, PyTorch's own
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
@@ -158,53 +157,17 @@ def muon(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
     Muon's step is scaled to the RMS of AdamW's, so that AdamW's learning rate and decay serve both (arXiv
     2502.16982, section 2.2).
     """
-    assert settings.momentum is not None
     hidden = [group for group in groups if group["name"] == "hidden"]
     experts = [group for group in groups if group["name"] == "experts"]
     rest = [group for group in groups if group["name"] not in ("hidden", "experts")]
     parts: list[torch.optim.Optimizer] = []
     if hidden:
-        parts.append(
-            torch.optim.Muon(
-                hidden,
-                lr=settings.learning_rate,
-                momentum=settings.momentum,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        parts.append(Muon(hidden, settings))
     if experts:
         parts.append(StackedMuon(experts, settings))
     if rest:
         parts.append(adamw(rest, settings))
     return Joined(parts)
-
-
-class StackedMuon(torch.optim.Optimizer):
-    """PyTorch's Muon for stacks of matrices, (expert, out, in): each expert's matrix is orthogonalised by
-    itself.
-    """
-
-    def __init__(self, groups: Groups, settings: OptimizerSettings) -> None:
-        super().__init__(groups, {"lr": settings.learning_rate, "momentum": settings.momentum})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                stacks = (parameter, parameter.grad, state["momentum_buffer"])
-                muon_step(
-                    *(list(stack.flatten(0, -3).unbind(0)) for stack in stacks),
-                    lr=group["lr"], weight_decay=group["weight_decay"], momentum=group["momentum"],
-                    nesterov=True,
-                    ns_coefficients=COEFFICIENTS, ns_steps=5, eps=1e-7, adjust_lr_fn="match_rms_adamw",
-                    has_complex=False,
-                )  # fmt: skip
 
 
 class Joined(torch.optim.Optimizer):

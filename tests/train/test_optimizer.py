@@ -6,6 +6,7 @@ import builtins
 import copy
 import dataclasses
 import io
+import itertools
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model
+from outgrow.train import muon
 from outgrow.train.optimizer import (
     OPTIMIZERS,
     build_optimizer,
@@ -120,6 +122,12 @@ def test_adamw_runs_in_one_kernel_and_computes_adamw(phi_config: dict[str, Any])
 MUON = dataclasses.replace(SETTINGS, name="muon", momentum=0.95, learning_rate=0.01)
 
 
+@pytest.fixture(autouse=True)
+def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's Muon, the reference, iterates in bfloat16, which a CPU multiplies in a slow loop."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+
+
 def test_muon_trains_hidden_matrices_and_adamw_the_rest(phi_config: dict[str, Any]) -> None:
     """Against PyTorch's own two optimizers, side by side."""
     model = build_model(phi_config, seed=0)
@@ -147,7 +155,7 @@ def test_muons_first_step_is_orthogonal_and_as_large_as_adamws(phi_config: dict[
     trained(model, build_optimizer(model, dataclasses.replace(MUON, weight_decay=0.0)), 1)
     update = (weight.detach() - before) / 0.01
     values = torch.linalg.svdvals(update) / (0.2 * math.sqrt(max(update.shape)))
-    assert 0.6 < values.min() <= values.max() < 1.3  # Newton–Schulz in bfloat16 is only near 1
+    assert 0.6 < values.min() <= values.max() < 1.3  # Newton–Schulz comes only near 1
     assert update.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2)
 
 
@@ -167,6 +175,31 @@ def test_an_optimizer_saved_and_loaded_goes_on_bit_identically(phi_config: dict[
     trained(broken, second, 2, first=2)
     for ours, theirs in zip(broken.parameters(), whole.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("together", [1, 2 * 6 * 4, 2**20])
+def test_matrices_of_one_shape_are_orthogonalised_together_as_each_alone(
+    monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    """Against PyTorch's Muon, tall, wide and square, in stacks of one, of two and of all."""
+    monkeypatch.setattr(muon, "TOGETHER", together)
+    shapes = [(6, 4), (4, 6), (6, 4), (5, 5), (6, 4), (4, 6), (6, 4)]
+    draw = torch.Generator().manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+    theirs = [nn.Parameter(weight.detach().clone()) for weight in ours]
+    stacks = list(muon.alike(ours))
+    assert sorted(itertools.chain(*stacks)) == list(range(7))
+    assert max(map(len, stacks)) == {1: 1, 48: 2, 2**20: 4}[together]
+    options = {"lr": 0.01, "momentum": 0.95, "weight_decay": 0.5, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = muon.Muon([{"params": ours, "weight_decay": 0.5}], MUON), torch.optim.Muon(theirs, **options)
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=draw)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_a_rate_set_on_muon_reaches_both_parts(phi_config: dict[str, Any]) -> None:
