@@ -44,6 +44,17 @@ def test_the_published_result_holds_what_is_claimed() -> None:
     )
 
 
+def test_a_small_networks_step_is_told_as_it_was_measured() -> None:
+    bench = script("bench_step")
+    result = json.loads((FOLDER / "bench_step.json").read_text())
+    assert bench.table(result) in (FOLDER.parent / "docs" / "evidence.md").read_text()
+    losses = {name: row["losses"] for name, row in result["contenders"].items()}
+    for name, own in losses.items():
+        first = losses[f"{name.split(',')[0]}, ours"]
+        assert own[0] == pytest.approx(first[0], rel=1e-6)  # the same network and tokens
+        assert own == pytest.approx(first, rel=1e-5)  # and the same training, but for Muon's bfloat16
+
+
 def test_near_duplicates_are_told_as_they_were_measured() -> None:
     bench = script("bench_duplicates")
     result = json.loads((FOLDER / "bench_duplicates.json").read_text())

@@ -14,7 +14,7 @@ from helpers.families import FAMILIES, config_of
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model
 from outgrow.train.loss import NextTokenLoss
-from outgrow.train.machine.compile import SAME, fuse_activations, layers_of, speed_up
+from outgrow.train.machine.compile import SAME, TanhGELU, fuse_activations, layers_of, speed_up
 from outgrow.train.machine.device import session
 from outgrow.train.settings import LoopSettings, compose
 
@@ -152,6 +152,32 @@ def test_an_activation_is_replaced_by_a_kernel_that_computes_the_same_function(n
         assert network[0].approximate == chains[name]
         at = torch.linspace(-20, 20, 999)
         assert torch.allclose(network[0](at), library(at), rtol=1e-6, atol=1e-6)
+
+
+def test_gelu_through_a_sigmoid_is_gelu_with_its_derivative_and_keeps_no_more() -> None:
+    line = torch.cat([torch.linspace(-12.0, 12.0, 4001), torch.tensor([-1e6, 1e6, 0.0])])
+    ours, theirs = line.clone().requires_grad_(), line.double().requires_grad_()
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = TanhGELU()(ours)
+    assert "SigmoidGELU" in type(value.grad_fn).__name__
+    assert kept == [line.nbytes]
+    expected = nn.functional.gelu(theirs, approximate="tanh")
+    slopes = torch.autograd.grad(value.sum(), ours) + torch.autograd.grad(expected.sum(), theirs)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(slopes[0].double(), slopes[1], rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_gelu_is_pytorchs_own_kernel_elsewhere(dtype: torch.dtype) -> None:
+    at = torch.linspace(-4, 4, 99, dtype=dtype, requires_grad=True)
+    assert torch.equal(TanhGELU()(at), nn.functional.gelu(at, approximate="tanh"))
+    assert torch.equal(TanhGELU()(at.detach().float()), nn.GELU(approximate="tanh")(at.detach().float()))
 
 
 class Almost(nn.Module):

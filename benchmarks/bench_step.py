@@ -1,0 +1,197 @@
+"""A training step of a small Phi, with this project's optimizer step and activation and the libraries' own.
+
+python benchmarks/bench_step.py             a minute of CPU time: a table, and a record beside this file
+python benchmarks/bench_step.py --steps 3    a quick look
+
+Hidden size 32, 8 layers, context 128, vocabulary 320, batches of 4,096 tokens of no meaning, one thread. All
+contenders start from the same weights and take one step in turn on the same tokens, so that a machine that
+others use slows them all. Times are CPU seconds of this process; of the steps the first does not count, and
+rates are medians of the others. The machine's own rate of matrix products stands beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from outgrow.model.base.machine import machine
+from outgrow.model.build import build_model
+from outgrow.train.loss import NextTokenLoss
+from outgrow.train.machine.compile import TanhGELU, fuse_activations
+from outgrow.train.optimizer import Joined, adamw, build_optimizer, parameter_groups
+from outgrow.train.settings import OptimizerSettings
+
+HERE = Path(__file__).resolve().parent
+WINDOWS, CONTEXT, VOCABULARY = 32, 128, 320
+PHI = {
+    "model_type": "phi",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 128,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.5,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+
+
+def settings_of(name: str) -> OptimizerSettings:
+    """Muon's or AdamW's settings, as the studies have them."""
+    momentum = 0.95 if name == "muon" else None
+    return OptimizerSettings(name, 2.4e-2, (0.9, 0.95), 1e-8, 0.1, momentum)  # type: ignore[arg-type]
+
+
+def own_optimizer(network: nn.Module, name: str) -> torch.optim.Optimizer:
+    """The optimizer that a run has."""
+    return build_optimizer(network, settings_of(name))
+
+
+def library_optimizer(network: nn.Module, name: str) -> torch.optim.Optimizer:
+    """PyTorch's Muon, one matrix at a time, beside the same AdamW."""
+    if name != "muon":
+        return own_optimizer(network, name)
+    settings = settings_of(name)
+    hidden, *rest = parameter_groups(network, settings.weight_decay)
+    muon = torch.optim.Muon(
+        [hidden], lr=settings.learning_rate, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    return Joined([muon, adamw(rest, settings)])
+
+
+class Contender:
+    """A network with its optimizer, and the CPU seconds of its steps.
+
+    Args:
+        activation: "own", "kernel" (PyTorch's fused one) or "chain" (the library's elementwise kernels).
+        micro_batch: windows of a forward pass.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[nn.Module, str], torch.optim.Optimizer] = own_optimizer,
+        *,
+        activation: str = "own",
+        micro_batch: int = WINDOWS,
+    ) -> None:
+        network = build_model(PHI, seed=0).train()
+        if activation != "chain":
+            fuse_activations(network)
+        if activation == "kernel":
+            for layer in network.model.layers:
+                assert isinstance(layer.mlp.activation_fn, TanhGELU)
+                layer.mlp.activation_fn = nn.GELU(approximate="tanh")
+        self.parameters = list(network.parameters())
+        self.objective = NextTokenLoss(network, fused=True)
+        self.optimizer = build(network, name)
+        self.micro_batch = micro_batch
+        self.seconds: list[float] = []
+        self.update_seconds: list[float] = []
+        self.losses: list[float] = []
+
+    def step(self, windows: torch.Tensor) -> None:
+        """Train on `windows`, (rows, context + 1), a micro-batch at a time."""
+        begin = time.process_time()
+        total = 0.0
+        for piece in windows.split(self.micro_batch):
+            loss = self.objective(piece, reduction="sum") / (WINDOWS * CONTEXT)
+            loss.backward()
+            total += loss.item()
+        middle = time.process_time()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        end = time.process_time()
+        self.seconds.append(end - begin)
+        self.update_seconds.append(end - middle)
+        self.losses.append(total)
+
+    def result(self) -> dict[str, Any]:
+        """Its rate, the milliseconds of clipping and the optimizer, and its losses."""
+        step = statistics.median(self.seconds[1:])
+        update = statistics.median(self.update_seconds[1:])
+        tokens = WINDOWS * CONTEXT
+        return {"tokens_per_second": tokens / step, "update_ms": update * 1e3, "losses": self.losses}
+
+
+def contenders() -> dict[str, Contender]:
+    """Name → contender: the first of each optimizer is what the others are held against."""
+    every: dict[str, Contender] = {}
+    for name in ("muon", "adamw"):
+        every[f"{name}, library's activation"] = Contender(name, library_optimizer, activation="chain")
+        every[f"{name}, PyTorch's GELU"] = Contender(name, library_optimizer, activation="kernel")
+        every[f"{name}, ours"] = Contender(name)
+    for windows in (16, 8, 4):
+        every[f"muon, ours, {windows * CONTEXT} tokens at a time"] = Contender("muon", micro_batch=windows)
+    return every
+
+
+def matrix_products() -> float:
+    """FLOP/s of a product of two matrices of 1,024 × 1,024."""
+    side = 1024
+    one, other = torch.randn(side, side), torch.randn(side, side)
+    taken = []
+    for _ in range(4):
+        begin = time.process_time()
+        one @ other
+        taken.append(time.process_time() - begin)
+    return 2 * side**3 / min(taken)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    rates = {name: row["tokens_per_second"] for name, row in result["contenders"].items()}
+    lines = [
+        f"{result['machine']}, 1 thread, medians of {result['steps']} steps; a product of matrices runs at "
+        f"{result['matrix_flops'] / 1e9:.0f} GFLOP/s",
+        "",
+        "| | tokens per CPU second | | clipping and optimizer, ms |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, row in result["contenders"].items():
+        optimizer = name.split(",")[0]
+        first = next(rate for other, rate in rates.items() if other.startswith(optimizer))
+        ratio = rates[name] / first
+        lines.append(f"| {name} | {rates[name]:,.0f} | {ratio:.2f} × | {row['update_ms']:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The door."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=10, help="of each contender, the first uncounted")
+    parser.add_argument("--out", type=Path, default=HERE / "bench_step.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    every = contenders()
+    draw = torch.Generator().manual_seed(0)
+    for number in range(options.steps):
+        windows = torch.randint(VOCABULARY, (WINDOWS, CONTEXT + 1), generator=draw)
+        for contender in every.values():
+            contender.step(windows)
+        print(f"step {number + 1} of {options.steps}", flush=True)
+    result = {
+        "machine": machine(),
+        "torch": torch.__version__,
+        "steps": options.steps - 1,
+        "matrix_flops": matrix_products(),
+        "contenders": {name: contender.result() for name, contender in every.items()},
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n" + table(result))
+
+
+if __name__ == "__main__":
+    main()
