@@ -14,7 +14,7 @@ from typing import Any
 
 from outgrow.experiments.changes import Change, changes
 from outgrow.experiments.comparable import check_comparable, differences
-from outgrow.experiments.cost import Cost, Curve, best_of, cost, half_interval, mean_curve
+from outgrow.experiments.cost import Cost, Curve, best_of, cost, half_interval, mean_curve, undecided
 from outgrow.experiments.runs import CONTROLS, SCRATCH, SOURCE, ArmRate, LeftOut, Run, read_runs
 from outgrow.model.base.errors import UserError
 
@@ -316,11 +316,19 @@ def machine(runs: Sequence[Run]) -> str:
 
 
 def answer(comparison: Comparison) -> str:
-    """The finding in one sentence, source excluded and included side by side, computed from the rows."""
+    """The finding in one sentence, source excluded and included side by side, computed from the rows; too few
+    seeds stand in the same sentence.
+    """
     rows = grown(comparison.best_rows)
     if not rows:
         return "no grown arm was compared"
-    scratch = comparison.scratch
+    row, sentence = _finding(rows, comparison.scratch)
+    doubt = undecided(min(row.n, comparison.scratch.n))
+    return f"{sentence}; {doubt}" if doubt else sentence
+
+
+def _finding(rows: Sequence[Row], scratch: Row) -> tuple[Row, str]:
+    """The row that the finding is about, and the finding."""
     below = [row for row in rows if row.cost.outcome == "starts below"]
     reached = [row for row in rows if row.cost.outcome == "reached"]
     if reached and not below:
@@ -330,13 +338,13 @@ def answer(comparison: Comparison) -> str:
         in_every_seed = row.seed_savings or row.n == 1 or not paired
         seeds = "" if in_every_seed else " in the mean, though not in every seed,"
         reaches = f"{row.arm} reaches scratch's final loss{seeds}"
-        return f"{reaches} with {saving} FLOPs ({_with_source(row)})"
+        return row, f"{reaches} with {saving} FLOPs ({_with_source(row)})"
     row = min(below or rows, key=lambda row: row.final_loss)
     gap = _nats(row.final_loss - scratch.final_loss)
     if below:
         source = _with_source(row)
-        return f"{row.arm} starts below scratch's final loss and ends {gap} it ({source})"
-    return f"no grown arm reaches scratch's final loss; the nearest, {row.arm}, ends {gap} it"
+        return row, f"{row.arm} starts below scratch's final loss and ends {gap} it ({source})"
+    return row, f"no grown arm reaches scratch's final loss; the nearest, {row.arm}, ends {gap} it"
 
 
 def _with_source(row: Row) -> str:

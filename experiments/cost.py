@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 
 K = TypeVar("K", float, tuple[float, int], tuple[float, int, int])
 Outcome = Literal["reached", "starts below", "not reached"]
+LEAST_SEEDS = 3  # that a headline number takes
 VERDICTS = ("lower", "higher", "no change that the seeds can tell")
 # a curve that ends within 1 % of the wanted cost is read at its end: budgets are whole batches
 AT_THE_END = 0.01
@@ -147,6 +148,13 @@ def best_of(grid: Mapping[K, Mapping[int, float]]) -> K:
         return fmean(losses[seed] for seed in shared or losses)
 
     return min(sorted(grid), key=mean_loss)
+
+
+def undecided(seeds: int) -> str:
+    """A clause for a headline of too few seeds, which decide nothing; "" where they are enough."""
+    if seeds >= LEAST_SEEDS:
+        return ""
+    return "one seed: not decided" if seeds == 1 else f"{seeds} seeds: not decided"
 
 
 def verdict(difference: float, interval: float | None) -> str:

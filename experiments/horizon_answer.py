@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from outgrow.experiments.cost import undecided
 from outgrow.experiments.horizons import Bound, Point, Worth
 from outgrow.experiments.runs import NULL_CONTROL, SCRATCH
 
@@ -53,25 +54,31 @@ def _relation(row: Worth) -> str:
 
 
 def _verdict(row: Worth) -> str:
-    """The verdict on growth; an interval that holds S = 1 gives none, nor does a bound on its other side."""
+    """The verdict on growth, which too few seeds call undecided; an interval that holds S = 1 gives none, nor
+    does a bound on its other side.
+    """
+    doubt = undecided(len(row.point.ends))
+    clause = f" ({doubt})" if doubt else ""
     speedup = row.speedup_included
     if speedup is None:
         assert row.bound_included is not None
-        return _verdict_of_bound(row.bound_included)
+        return _verdict_of_bound(row.bound_included, clause)
     interval = row.interval_included or 0.0
     distance = abs(speedup - 1.0)
     if interval and distance <= interval:
         return "the seeds do not tell whether growth pays"
-    return "growth pays" if speedup > 1.0 else "growth does not pay"
+    return f"growth pays{clause}" if speedup > 1.0 else f"growth does not pay{clause}"
 
 
-def _verdict_of_bound(bound: Bound) -> str:
-    """The verdict where scratch's curve ends before the loss, or begins after it."""
+def _verdict_of_bound(bound: Bound, clause: str) -> str:
+    """The verdict, with its clause, where scratch's curve ends before the loss, or begins after it."""
     if bound.side == ">":
         pays = bound.value >= 1.0
-        return "growth pays" if pays else "scratch ends too early to tell whether growth pays"
+        return f"growth pays{clause}" if pays else "scratch ends too early to tell whether growth pays"
     does_not = bound.value <= 1.0
-    return "growth does not pay" if does_not else "scratch begins too late to tell whether growth pays"
+    return (
+        f"growth does not pay{clause}" if does_not else "scratch begins too late to tell whether growth pays"
+    )
 
 
 def is_grown(row: Worth, rows: Sequence[Worth]) -> bool:

@@ -27,7 +27,7 @@ from outgrow.experiments.publish import Writer, mirror, write_together
 from outgrow.experiments.recovery import EPSILON, Recovery, recoveries
 from outgrow.experiments.report import Page, render
 from outgrow.experiments.report import table as html_table
-from outgrow.experiments.rules import unheld
+from outgrow.experiments.rules import unheld, unrun
 from outgrow.experiments.runs import SCRATCH, LeftOut, Run, read_runs
 from outgrow.experiments.table import UNDEFINED, write_csv
 
@@ -82,8 +82,10 @@ def write(inputs: Sequence[str], out: Path, *, wandb: bool = False) -> list[str]
     runs, ends_of, left_out = read_inputs(inputs)
     ends = list(ends_of.values())
     rows = worths(ends)
-    remarks = unheld(ends)
     study = runs[0].study if runs else out.resolve().name
+    remarks = unheld(ends)
+    if missing := unrun(study, ends):
+        remarks.append(missing)
     block = markdown(rows)
     lines = list(map(flat_row, rows))
 

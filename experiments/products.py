@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from outgrow.experiments.cost import half_interval
+from outgrow.experiments.cost import half_interval, undecided
 from outgrow.experiments.horizon_report import markdown_table, millions, read_inputs
 from outgrow.experiments.horizons import (
     RECORD,
@@ -177,9 +177,11 @@ def answer(measured: Sequence[Family]) -> str:
     interval = "" if half is None else f" ± {100 * half:.0f}"
     word = "fewer" if mean > 0 else "more"
     share = f"{100 * abs(mean):.0f}{interval} % {word} FLOPs"
+    doubt = undecided(len(measured))
+    known_by = f"{doubt}; seeds: {seeds}" if doubt else f"seeds: {seeds}"
     return (
         f"{count} products, each grown from the trunk of the one before, take {share} than {count} scratch "
-        f"runs that end at the same losses (seeds: {seeds})."
+        f"runs that end at the same losses ({known_by})."
     )
 
 

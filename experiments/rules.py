@@ -6,15 +6,17 @@ numbers are those of docs/evidence.md.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from outgrow.experiments.horizons import End
+from outgrow.experiments.cost import LEAST_SEEDS
+from outgrow.experiments.frontier import LEAST_BUDGETS, LEAST_SIZES, flat_points
+from outgrow.experiments.horizons import End, Horizon, best_points
 from outgrow.experiments.runs import NULL_CONTROL, SCRATCH
+from outgrow.experiments.study_file import load_study, studies
 
 LEAST_TOKENS = 5  # per parameter, below which the small network trained on wins by arithmetic
 LEAST_RATES = 3
-LEAST_SEEDS = 3
 LEAST_EVAL_TOKENS = 500_000  # of validation, for differences of 0.01 nats
 
 
@@ -22,13 +24,31 @@ def unheld(ends: Sequence[End]) -> list[str]:
     """One sentence for each rule that the ends do not keep, with its number."""
     remarks = [
         _regime(ends),
+        _frontier(ends),
         _arms(ends),
+        _kinds(ends),
         _baseline(ends),
+        _control(ends),
         _rates(ends),
+        _edges(ends),
         _seeds(ends),
+        _receipt(ends),
         _validation(ends),
+        _seen(ends),
     ]
     return [remark for remark in remarks if remark is not None]
+
+
+def unrun(study: str, ends: Iterable[End]) -> str | None:
+    """A sentence on the arms of a study's definition without an end: a negative result may be among them."""
+    if study not in studies():
+        return None
+    definition = load_study(study)
+    arms = {definition.counts_as(arm) for arm in definition.full.arms}
+    missing = arms - {end.arm for end in ends}
+    if not missing:
+        return None
+    return f"Rule 12, negative results: {_list(missing)} of this study, not run or left out, may be some."
 
 
 def _regime(ends: Iterable[End]) -> str | None:
@@ -38,6 +58,17 @@ def _regime(ends: Iterable[End]) -> str | None:
     return (
         f"Rule 1, regime: scratch's ends after {_list(short)} tokens are below {LEAST_TOKENS} tokens a "
         "parameter, where the small network trained on wins whatever the growth."
+    )
+
+
+def _frontier(ends: Iterable[End]) -> str | None:
+    counts = Counter(point.parameters for point in flat_points(ends))
+    sizes = [size for size, count in counts.items() if count >= LEAST_BUDGETS]
+    if len(sizes) >= LEAST_SIZES:
+        return None
+    return (
+        f"Rule 1, regime: {len(sizes)} sizes of flat models at {LEAST_BUDGETS} budgets or more, fewer than "
+        f"{LEAST_SIZES}, so these ends do not show that the target is not too large for its budget."
     )
 
 
@@ -56,6 +87,22 @@ def _arms(ends: Iterable[End]) -> str | None:
     )
 
 
+def _kinds(ends: Iterable[End]) -> str | None:
+    ends = list(ends)
+    largest = max(end.parameters for end in ends)
+    # of scratch's size without a source: it has grown inside, whether its record tells of the growth or not
+    inside = any(
+        end.growth is not None or (end.arm != SCRATCH and end.parameters == largest and not end.source_flops)
+        for end in ends
+    )
+    inherits = any(end.source_flops > 0 for end in ends)
+    if inside and inherits:
+        return None
+    kinds = {"grows inside its run": inside, "starts from a trained source": inherits}
+    lacking = " or ".join(kind for kind, present in kinds.items() if not present)
+    return f"Rule 2, arms: none {lacking}."
+
+
 def _baseline(ends: Iterable[End]) -> str | None:
     own = [end for end in ends if end.arm == SCRATCH]
     optimizers = {end.optimizer for end in own}
@@ -69,6 +116,18 @@ def _baseline(ends: Iterable[End]) -> str | None:
     )
 
 
+def _control(ends: Sequence[End]) -> str | None:
+    largest = max(end.parameters for end in ends)
+    small = [end for end in ends if end.parameters < largest]
+    own = [end for end in ends if end.arm == SCRATCH and end.parameters == largest]
+    tried = {(end.optimizer, end.batch_tokens) for end in small}
+    lacking = {(end.optimizer, end.batch_tokens) for end in own} - tried
+    if not small or not lacking:
+        return None
+    pairs = _list(f"{optimizer} with batches of {size:,} tokens" for optimizer, size in lacking)
+    return f"Rule 3, baseline: the control was not given {pairs}, which scratch was."
+
+
 def _rates(ends: Iterable[End]) -> str | None:
     rates: dict[str, set[float]] = defaultdict(set)
     for end in ends:
@@ -79,6 +138,21 @@ def _rates(ends: Iterable[End]) -> str | None:
     return f"Rule 3, tuning: fewer than {LEAST_RATES} learning rates of {_list(few)}."
 
 
+def _edges(ends: Iterable[End]) -> str | None:
+    ends = list(ends)
+    rates: dict[Horizon, set[float]] = defaultdict(set)
+    for end in ends:
+        rates[end.arm, end.optimizer, end.tokens].add(end.learning_rate)
+    edge: set[str] = set()
+    for point in best_points(ends):
+        tried = rates[point.arm, point.optimizer, point.tokens]
+        if point.at_edge and len(tried) >= LEAST_RATES:
+            edge.add(point.arm)
+    if not edge:
+        return None
+    return f"Rule 3, tuning: the best learning rate is at the edge of its grid at a horizon of {_list(edge)}."
+
+
 def _seeds(ends: Iterable[End]) -> str | None:
     seeds: dict[str, set[int]] = defaultdict(set)
     for end in ends:
@@ -87,6 +161,26 @@ def _seeds(ends: Iterable[End]) -> str | None:
     if not few:
         return None
     return f"Rule 5, seeds: fewer than {LEAST_SEEDS} of {_list(few)}; no headline is made of these."
+
+
+def _receipt(ends: Iterable[End]) -> str | None:
+    inherit = {end.arm for end in ends if end.source_flops > 0}
+    if not inherit:
+        return None
+    return (
+        f"Rule 8, receipt: the losses at step 0 and max |Δlogit| of {_list(inherit)} stand in their "
+        "run.json, not here."
+    )
+
+
+def _seen(ends: Iterable[End]) -> str | None:
+    inherit = {end.arm for end in ends if end.source_flops > 0}
+    if not inherit:
+        return None
+    return (
+        f"Rule 10, what was seen: {_list(inherit)} may read text again that their source has read; the "
+        "passes over the text are told when a run starts, not here."
+    )
 
 
 def _validation(ends: Iterable[End]) -> str | None:

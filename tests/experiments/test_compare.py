@@ -155,12 +155,12 @@ def test_the_answer_is_computed(study: list[Path], tmp_path: Path) -> None:
     below = fabricate(tmp_path, "tile", [3.5, 3.4, 3.3, 3.0], source=SOURCE)
     expected = (
         "tile starts below scratch's final loss and ends 1.000 nats below it (source excluded; 50 % fewer "
-        "FLOPs with it included)"
+        "FLOPs with it included); one seed: not decided"
     )
     assert answer(compare([*study, below])) == expected
     unknown = fabricate(tmp_path, "net2net", [3.5, 3.4, 3.3, 2.9], source=SOURCE | {"flops": None})
     assert answer(compare([*study, unknown])).endswith(
-        "1.100 nats below it (source excluded; its cost is unknown)"
+        "1.100 nats below it (source excluded; its cost is unknown); one seed: not decided"
     )
     assert (percent(0.41), percent(-0.12)) == ("41 % fewer", "12 % more")
 

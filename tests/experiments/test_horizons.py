@@ -159,11 +159,13 @@ def test_the_table_and_the_sentence_say_what_was_measured(tmp_path: Path) -> Non
     line = next(line for line in table(rows).splitlines() if line.startswith("| grown"))
     assert line == "| grown | adamw | 0.0 M | 30 | 0.01* | 0, 1 | 2.00 | 2.5000 | 2.67 | 2.00 | -0.2500 |"
     assert answer(rows) == (
-        "At 30 tokens a parameter growth pays: grown is worth S = 2.00 against scratch, everything "
+        "At 30 tokens a parameter growth pays (2 seeds: not decided): grown is worth S = 2.00 against scratch, everything "
         "paid (2 seeds: 0, 1). The control, small trained on for 0.50 TFLOP, ends 0.900 nats higher than grown for 2.00."
     )
     losing = worths([CONTROL, *SCRATCH_ENDS, end("grown", 4e12, 2.6)])
-    assert "growth does not pay: grown is worth S = 0.76" in answer(losing)
+    assert "growth does not pay (one seed: not decided): grown is worth S = 0.76" in answer(losing)
+    three = [end("grown", 4e12, 2.6, seed=seed, name=f"g{seed}") for seed in (0, 1, 2)]
+    assert "growth does not pay: grown is worth S = 0.76" in answer(worths([CONTROL, *SCRATCH_ENDS, *three]))
     assert "nothing can be said" in answer(worths(SCRATCH_ENDS))
 
 
@@ -171,8 +173,8 @@ def test_the_table_and_the_sentence_say_what_was_measured(tmp_path: Path) -> Non
     ("flops", "loss", "sentence"),
     [  # scratch: 3.0 for 1, 2.5 for 4, 2.2 for 16 TFLOP
         (20e12, 2.0, "scratch ends too early to tell whether growth pays: grown is worth S > 0.80 against"),
-        (8e12, 2.0, "growth pays: grown is worth S > 2.00 against"),
-        (2e12, 3.5, "growth does not pay: grown is worth S < 0.50 against"),
+        (8e12, 2.0, "growth pays (one seed: not decided): grown is worth S > 2.00 against"),
+        (2e12, 3.5, "growth does not pay (one seed: not decided): grown is worth S < 0.50 against"),
         (0.5e12, 3.5, "scratch begins too late to tell whether growth pays: grown is worth S < 2.00 against"),
     ],
 )
@@ -195,7 +197,7 @@ def test_the_control_stands_in_the_headline_and_is_no_grown_arm(loss: float, wor
     grown = end("grown", 2e12, 2.5)
     controls = [end("longer", flops, loss, parameters=300) for flops in (0.5e12, 1.9e12, 8e12)]
     assert answer(worths([*SCRATCH_ENDS, grown, *controls])) == (
-        "At 40 tokens a parameter growth pays: grown is worth S = 2.00 against scratch, everything paid "
+        "At 40 tokens a parameter growth pays (one seed: not decided): grown is worth S = 2.00 against scratch, everything paid "
         f"(1 seed: 0). The control, longer trained on for 1.90 TFLOP, ends {word} than grown for 2.00."
     )
 
@@ -269,7 +271,7 @@ def test_a_study_of_horizons_has_page_csv_and_wandb_like_any_comparison(
     assert sorted(path.name for path in out.iterdir()) == names
     page = (out / "report.html").read_text()
     assert not re.search(r"https?://|<script|<link|@import", page)
-    sentence = "growth pays: grown is worth S = 2.67 against scratch"
+    sentence = "growth pays (2 seeds: not decided): grown is worth S = 2.67 against scratch"
     assert sentence in page
     assert sentence in capsys.readouterr().out
     with (out / "horizons.csv").open() as file:

@@ -156,6 +156,7 @@ def test_a_saving_that_not_every_seed_has_is_called_so(tmp_path: Path) -> None:
         *arm(tmp_path / "more", "tile", [3.6, 4.1], "tile"),
     ]
     assert answer(compare(again)).startswith("tile reaches scratch's final loss with")
+    assert answer(compare(again)).endswith("; 2 seeds: not decided")
 
 
 def test_an_arm_that_paid_less_in_all_says_where_it_ended(folders: list[Path]) -> None:
@@ -176,9 +177,9 @@ def test_an_arm_without_a_source_has_none_to_pay_for(tmp_path: Path) -> None:
     folders = arm(tmp_path, "scratch", [4.0], "scratch") + arm(
         tmp_path, "stacked", [4.0], "scratch", stages=[{}], spans=spans
     )
-    assert (
-        answer(compare(folders))
-        == "stacked reaches scratch's final loss with 40 % fewer FLOPs (it has no source to pay for)"
+    assert answer(compare(folders)) == (
+        "stacked reaches scratch's final loss with 40 % fewer FLOPs (it has no source to pay for); one seed: "
+        "not decided"
     )
 
 
