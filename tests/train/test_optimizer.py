@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model
@@ -200,6 +202,22 @@ def test_matrices_of_one_shape_are_orthogonalised_together_as_each_alone(
             optimizer.step()
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_matrix_that_processes_share_is_orthogonalised_alone_to_the_same_step() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        draw = torch.Generator().manual_seed(0)
+        plain = [torch.randn(6, 4, generator=draw) for _ in range(4)]
+        shared = [distribute_tensor(tensor.clone(), mesh, [Shard(0)]) for tensor in plain]
+        group = {"lr": 0.01, "momentum": 0.95, "weight_decay": 0.5}
+        for one, other, *rest in (plain, shared):
+            muon.muon_step([one, other], list(rest), [torch.zeros_like(one) for _ in range(2)], group)
+        for one, other in zip(plain, shared, strict=True):
+            torch.testing.assert_close(one, other.full_tensor(), rtol=1e-6, atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_rate_set_on_muon_reaches_both_parts(phi_config: dict[str, Any]) -> None:
