@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from outgrow.train.machine.distribute import local
+
 if TYPE_CHECKING:
     from outgrow.train.settings import OptimizerSettings
 
@@ -64,7 +66,8 @@ class StackedMuon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
-                stacks = (parameter, parameter.grad, state["momentum_buffer"])
+                # processes that share a stack hold some experts each, every matrix of them whole
+                stacks = map(local, (parameter, parameter.grad, state["momentum_buffer"]))
                 matrices, gradients, momenta = (list(stack.flatten(0, -3).unbind(0)) for stack in stacks)
                 muon_step(matrices, gradients, momenta, group)
 

@@ -216,6 +216,14 @@ def test_a_matrix_that_processes_share_is_orthogonalised_alone_to_the_same_step(
             muon.muon_step([one, other], list(rest), [torch.zeros_like(one) for _ in range(2)], group)
         for one, other in zip(plain, shared, strict=True):
             torch.testing.assert_close(one, other.full_tensor(), rtol=1e-6, atol=1e-6)
+        stack, gradient = torch.stack(plain[:2]), torch.stack(plain[2:])
+        alone = nn.Parameter(stack.clone())
+        alone.grad = gradient.clone()
+        parts = nn.Parameter(distribute_tensor(stack, mesh, [Shard(0)]))
+        parts.grad = distribute_tensor(gradient, mesh, [Shard(0)])
+        for weight in (alone, parts):
+            muon.StackedMuon([{"params": [weight], "weight_decay": 0.5}], MUON).step()
+        torch.testing.assert_close(alone.detach(), parts.detach().full_tensor())  # type: ignore[attr-defined]
     finally:
         torch.distributed.destroy_process_group()
 
