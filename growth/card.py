@@ -150,11 +150,10 @@ def model_card(
 
     stated = stated or {}
     certificate = plan.certificate
+    is_path = source.count("/") != 1 or source.startswith((".", "/")) or Path(source).exists()
     lines = [
         "---",
-        f"base_model: {source}"
-        if source.count("/") == 1 and not source.startswith((".", "/"))
-        else "tags: [grown]",
+        "tags: [grown]" if is_path else f"base_model: {source}",
         "library_name: transformers",
         *(yaml.safe_dump(dict(stated), sort_keys=False, width=1000).splitlines() if stated else ()),
         "---",

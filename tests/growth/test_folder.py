@@ -22,8 +22,9 @@ import outgrow.model.base.atomic
 from helpers.families import config_of
 from helpers.models import make_checkpoint
 from helpers.unwritten import config_of as stranger
-from outgrow.growth import grow
+from outgrow.growth import grow, plan
 from outgrow.growth import grow as grow_function
+from outgrow.growth.card import model_card
 from outgrow.growth.verify import loaded_otherwise
 from outgrow.model.base.atomic import whole
 from outgrow.model.base.errors import UserError
@@ -46,6 +47,16 @@ def source(phi_folder: Path, tmp_path: Path) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
     (folder / "ledger.json").write_text('{"tokens": 7}')
     return folder
+
+
+def test_the_card_names_a_base_model_of_the_hub_and_no_folder_here(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(source.parent.parent)
+    here = f"{source.parent.name}/{source.name}"
+    decided = plan(source, target=BIGGER)
+    assert model_card(decided, here, None).startswith("---\ntags: [grown]\n")
+    assert model_card(decided, "owner/name", None).startswith("---\nbase_model: owner/name\n")
 
 
 @pytest.mark.slow
@@ -280,7 +291,7 @@ def test_a_folder_that_is_no_checkpoint_is_never_replaced(source: Path, tmp_path
 KILLED = """
 import os, sys, signal
 import outgrow.growth.engine.execute
-from outgrow.growth import grow
+from outgrow.growth import grow, plan
 count, limit = 0, int(sys.argv[3])
 right = outgrow.growth.engine.execute.Expander.fill
 def fill(self, *arguments):
