@@ -262,7 +262,7 @@ def test_a_full_or_unwritable_disk_is_one_clear_error_and_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
     (tmp_path / "f").write_text("before")
-    monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(fault))
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(fault))
     with pytest.raises(
         UserError,
         match=r"/f: could not be written \(.*(No space left on device|Read-only file system).* free space",
