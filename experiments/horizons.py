@@ -32,6 +32,7 @@ from outgrow.train.machine.regime import multiplied
 from outgrow.train.run.folder import METRICS
 
 RECORD = "ends.json"  # the small record of a study's runs: what every table and picture is made of
+OPTIONAL = ("growth", "active")  # left out of the record where an end has none
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ class End:
     device: str
     data: str  # fingerprint of the text
     growth: Growth | None = None  # inside the run, if it grew on its way
+    active: int | None = None  # of the parameters, in a mixture of experts: those that each token meets
+
+    @property
+    def tokens_per_parameter(self) -> float:
+        """Tokens per parameter that a token meets, all of them but in a mixture of experts."""
+        return self.tokens / (self.active or self.parameters)
 
     @property
     def paid(self) -> float:
@@ -78,6 +85,8 @@ def end_of(run: Run) -> End:
         )
     if run.source_flops is None:
         raise UserError(f"{run.folder}: nobody counted the FLOPs of its source; give source_tokens")
+    record = run.record
+    is_sparse = record.active < record.parameters
     return End(
         name=run.name,
         arm=run.arm,
@@ -85,7 +94,7 @@ def end_of(run: Run) -> End:
         learning_rate=run.learning_rate,
         batch_tokens=int(run.record.setting("train.batch_tokens")),
         seed=run.seed,
-        parameters=multiplied(run.record.target_config, run.record.parameters),
+        parameters=multiplied(record.target_config, record.parameters),
         tokens=run.summary.tokens,
         flops=run.summary.flops + run.operator_flops,
         source_flops=run.source_flops,
@@ -94,6 +103,7 @@ def end_of(run: Run) -> End:
         device=str(run.record.device),
         data=run.record.data.fingerprint,
         growth=read_growth(run.folder / METRICS, RUN_AGAIN),
+        active=multiplied(record.target_config, record.active) if is_sparse else None,
     )
 
 
@@ -196,7 +206,7 @@ class Point:
 
     @property
     def tokens_per_parameter(self) -> float:
-        return self.tokens / self.parameters
+        return self.ends[0].tokens_per_parameter
 
 
 def best_points(ends: Iterable[End]) -> list[Point]:
@@ -440,8 +450,9 @@ def write_ends(path: Path, ends: Iterable[End]) -> None:
     ordered = sorted(ends, key=order)
     rows = list(map(asdict, ordered))
     for row in rows:
-        if row["growth"] is None:
-            del row["growth"]
+        for key in OPTIONAL:
+            if row[key] is None:
+                del row[key]
     text = json.dumps(rows, indent=1)
     path.write_text(f"{text}\n", encoding="utf-8")
 
@@ -462,8 +473,8 @@ def read_ends(path: Path) -> list[End]:
 
 
 def _end(row: Mapping[str, Any]) -> End:
-    names = [field.name for field in fields(End) if field.name != "growth"]
+    names = [field.name for field in fields(End) if field.name not in OPTIONAL]
     values = {name: row[name] for name in names}
     grown = row.get("growth")
     growth = None if grown is None else Growth(**grown)
-    return End(**values, growth=growth)
+    return End(**values, growth=growth, active=row.get("active"))

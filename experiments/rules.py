@@ -52,7 +52,8 @@ def unrun(study: str, ends: Iterable[End]) -> str | None:
 
 
 def _regime(ends: Iterable[End]) -> str | None:
-    short = {f"{end.tokens:,}" for end in ends if end.arm == SCRATCH and _per_parameter(end) < LEAST_TOKENS}
+    own = [end for end in ends if end.arm == SCRATCH]
+    short = {f"{end.tokens:,}" for end in own if end.tokens_per_parameter < LEAST_TOKENS}
     if not short:
         return None
     return (
@@ -70,10 +71,6 @@ def _frontier(ends: Iterable[End]) -> str | None:
         f"Rule 1, regime: {len(sizes)} sizes of flat models at {LEAST_BUDGETS} budgets or more, fewer than "
         f"{LEAST_SIZES}, so these ends do not show that the target is not too large for its budget."
     )
-
-
-def _per_parameter(end: End) -> float:
-    return end.tokens / end.parameters
 
 
 def _arms(ends: Iterable[End]) -> str | None:

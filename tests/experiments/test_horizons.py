@@ -150,6 +150,16 @@ def test_the_record_is_read_as_it_was_written(tmp_path: Path) -> None:
         read_ends(tmp_path / "ends.json")
 
 
+def test_tokens_count_per_parameter_that_a_token_meets(tmp_path: Path) -> None:
+    mixture = end("mixture", 1e12, 2.5, active=500)  # of 1000
+    write_ends(tmp_path / "ends.json", [mixture, CONTROL])
+    assert read_ends(tmp_path / "ends.json") == [mixture, CONTROL]
+    assert [point.tokens_per_parameter for point in best_points([mixture])] == [40]
+    assert [point.tokens_per_parameter for point in best_points([CONTROL])] == [10_000 / 300]
+    rows = worths([CONTROL, *SCRATCH_ENDS, mixture])
+    assert "\n| mixture | adamw | 0.0 M | 40 |" in table(rows)
+
+
 # ---- what a reader is shown --------------------------------------------------------------------------------
 
 

@@ -82,12 +82,16 @@ def test_the_spike_is_over_when_a_window_of_the_training_loss_is_back() -> None:
     assert tokens_until_back(rows, 0) is None  # no loss before it
 
 
+DECAYED = {  # what a run's record says beside its curve
+    "settings.schedule": {"name": "wsd", "decay_fraction": 0.2, "floor": 0.0},
+    "settings.optimizer": {"name": "muon", "learning_rate": 0.01},
+    "settings.train": {"eval_tokens": 64, "context": 8, "batch_tokens": 8, "budget_tokens": 300},
+    "target_config": {"vocab_size": 4, "hidden_size": 2},
+}
+
+
 def test_the_growth_is_read_from_the_metrics(tmp_path: Path) -> None:
-    changes = {"settings.schedule": {"name": "wsd", "decay_fraction": 0.2, "floor": 0.0}}
-    changes |= {"settings.optimizer": {"name": "muon", "learning_rate": 0.01}}
-    changes |= {"settings.train": {"eval_tokens": 64, "context": 8, "batch_tokens": 8, "budget_tokens": 300}}
-    changes |= {"target_config": {"vocab_size": 4, "hidden_size": 2}}
-    folder = fabricate(tmp_path, "stack", [4.0, 3.0, 2.5, 2.0], **changes)
+    folder = fabricate(tmp_path, "stack", [4.0, 3.0, 2.5, 2.0], **DECAYED)
     assert end_of(read_runs([folder])[0][0]).growth is None
     rows = [{"kind": "train", "tokens": 100, "loss": 3.0}]
     rows += [{"kind": "before_growth", "tokens": 100, "val_loss": 3.1}]
@@ -100,6 +104,17 @@ def test_the_growth_is_read_from_the_metrics(tmp_path: Path) -> None:
     write_ends(tmp_path / "ends.json", [own, *ENDS])
     assert own in read_ends(tmp_path / "ends.json")
     assert '"growth": null' not in (tmp_path / "ends.json").read_text()
+
+
+def test_a_mixtures_end_tells_what_each_token_meets(tmp_path: Path) -> None:
+    """Of 100 parameters a token meets 60; 8 of both are the embedding table's."""
+    counts = {"parameters": 100, "active_parameters": 60}
+    folder = fabricate(tmp_path, "upcycle", [4.0, 3.0], **DECAYED, **counts)
+    own = end_of(read_runs([folder])[0][0])
+    assert (own.parameters, own.active) == (92, 52)
+    assert own.tokens_per_parameter == own.tokens / 52
+    dense = fabricate(tmp_path, "scratch", [4.0, 3.0], **DECAYED)
+    assert end_of(read_runs([dense])[0][0]).active is None
 
 
 def test_a_run_of_before_the_spike_was_measured_has_none(tmp_path: Path) -> None:
