@@ -25,8 +25,14 @@ DASHES = {"adamw": (0, (3, 2))}
 LINE = 14  # points from one label to the next
 TITLE_LETTERS = 94  # that the picture is wide enough for
 FEW = 6  # lines whose names stand at their ends
+COLUMNS, ROW_INCHES = 5, 0.19  # of the legend, where the names do not stand at the ends
 # scratch is black
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8B5A2B", "#6A3D9A", "#999999")
+FILLS = (
+    "full",
+    "none",
+    "top",
+)  # of the markers of the first arms of these colours, the next, and those after
 
 
 def draw(rows: Sequence[Worth], path: Path) -> None:
@@ -40,16 +46,17 @@ def build(rows: Sequence[Worth]) -> Figure:
     """The figure itself, without any state of pyplot."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5.0), layout="constrained")
-    losses, speedups = figure.subplots(1, 2)
     by_line = _by_line(rows)
     # the arms' names stand at their ends, as far as there is room for them
     named_at_ends = len(by_line) <= FEW
-    colours = _colours([arm for arm, _ in by_line])
+    legend_rows = 0 if named_at_ends else math.ceil(len(by_line) / COLUMNS)
+    figure = Figure(figsize=(10, 5.0 + ROW_INCHES * legend_rows), layout="constrained")
+    losses, speedups = figure.subplots(1, 2)
+    looks = _looks([arm for arm, _ in by_line])
     at_losses: list[Label] = []
     at_speedups: list[Label] = []
     for (arm, optimizer), line in by_line.items():
-        style = _style(arm, optimizer, colours[arm])
+        style = _style(arm, optimizer, looks[arm])
         label = _plot_losses(losses, line, style)
         at_losses.append(label)
         if arm != SCRATCH:
@@ -64,7 +71,7 @@ def build(rows: Sequence[Worth]) -> Figure:
     _finish(
         speedups,
         "tokens a parameter",
-        "S: scratch's FLOPs for the same loss / own FLOPs",
+        "S: scratch's FLOPs / own, at equal loss",
         "What each end is worth: above 1 is cheaper",
     )
     _set_ticks(losses, speedups, rows)
@@ -76,7 +83,7 @@ def build(rows: Sequence[Worth]) -> Figure:
         _name(speedups, at_speedups)
     else:
         handles, names = losses.get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+        figure.legend(handles, names, loc="outside lower center", ncols=COLUMNS, fontsize=8, frameon=False)
     title = _wrapped(answer(rows))
     figure.suptitle(title, fontsize=11.5, fontweight="bold", color=INK, x=0.01, ha="left")
     return figure
@@ -91,10 +98,13 @@ def _by_line(rows: Sequence[Worth]) -> dict[tuple[str, str], list[Worth]]:
     return dict(sorted(lines.items()))
 
 
-def _style(arm: str, optimizer: str, colour: str) -> dict[str, Any]:
-    """How a line is drawn: its colour tells the arm, its dashes and markers the optimizer."""
+def _style(arm: str, optimizer: str, look: tuple[str, str]) -> dict[str, Any]:
+    """How a line is drawn: colour and fill tell the arm, dashes and the markers' shape the optimizer."""
+    colour, fill = look
     return {
         "color": colour,
+        "fillstyle": fill,
+        "markerfacecoloralt": "white",
         "label": f"{arm}, {optimizer}",
         "linestyle": DASHES.get(optimizer, "-"),
         "marker": MARKERS.get(optimizer, "o"),
@@ -152,14 +162,18 @@ class Label:
     aligned: str = "left"  # at its left end, which is then beside the point
 
 
-def _colours(arms: Sequence[str]) -> dict[str, str]:
-    """A colour for each arm: black for scratch, for the others COLOURS in turn."""
-    spare = itertools.cycle(COLOURS)
-    colours = {SCRATCH: "#000000"}
+def _looks(arms: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a fill of the markers for each arm; scratch is black. When COLOURS are used up, they come
+    again with the next of FILLS.
+    """
+    pairs = itertools.product(FILLS, COLOURS)
+    spare = itertools.cycle(pairs)
+    looks = {SCRATCH: ("#000000", "full")}
     for arm in arms:
-        if arm not in colours:
-            colours[arm] = next(spare)
-    return colours
+        if arm not in looks:
+            fill, colour = next(spare)
+            looks[arm] = (colour, fill)
+    return looks
 
 
 def _plot_losses(axes: Axes, rows: Sequence[Worth], style: dict[str, Any]) -> Label:
