@@ -248,7 +248,7 @@ def equal_flops(overrides: list[str]) -> list[str]:
     """The overrides that give a control its budget, or its horizons: the tokens on which the source pays the
     FLOPs that the target pays on each of its own, rounded up to whole steps.
     """
-    from outgrow.model.config import resolve_target
+    from outgrow.growth.planning import wanted_config
     from outgrow.model.geometry import flops_per_token
     from outgrow.train.settings import compose
 
@@ -260,7 +260,7 @@ def equal_flops(overrides: list[str]) -> list[str]:
             "the source first",
         )
     source = json.loads(path.read_text(encoding="utf-8"))
-    target = resolve_target(settings.target, source)
+    target = wanted_config(source, settings.target)
     context = settings.train.context
     relative_cost = flops_per_token(target, context) / flops_per_token(source, context)
     step = settings.budget.tokens_per_step

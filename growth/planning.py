@@ -134,6 +134,16 @@ def mixture_target(
     return plan(source, target, changing, depth=depth, noise=0.0, **own).target_config
 
 
+def wanted_config(source: Config, target: Any) -> dict[str, Any]:
+    """The whole config of a target, which may be a mixture of experts of another family, for a run that does
+    not grow into it itself: a control.
+
+    Raises:
+        UserError: as `plan`.
+    """
+    return mixture_target(source, target, "scratch", {}) or resolve_target(target, source)
+
+
 def _said_elsewhere(target: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     """A target without the dtype that it names, where that is the one asked for; another is refused as the
     source's contradiction.

@@ -4,6 +4,7 @@ turn, and Ctrl-C stops it."""
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from dataclasses import asdict, replace
@@ -32,10 +33,11 @@ from outgrow.experiments.study_file import (
 from outgrow.experiments.table import check_table
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.interrupt import Terminated, terminable
+from outgrow.model.build import to_hf_config
 from outgrow.model.geometry import flops_per_token
 from outgrow.model.presets import preset
 from outgrow.train.run.record import SourceCost, Start
-from outgrow.train.settings import identity
+from outgrow.train.settings import compose, identity
 
 STUDIES = sorted(path.parent.name for path in HERE.glob("*/study.yaml"))
 
@@ -230,6 +232,21 @@ def test_the_control_arm_pays_scratchs_flops(elsewhere: Path) -> None:
     steps = source.budget_tokens / source.batch_tokens
     assert steps == int(steps)
     assert paid <= steps * per_step < paid + per_step
+
+
+def test_the_control_of_a_mixture_pays_what_each_token_meets(tmp_path: Path) -> None:
+    """Two of four experts: twice the dense MLP, and the router."""
+    settings = compose(["experiment=operators_experts_source"])
+    dense = to_hf_config(settings.target).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(dense))
+    context, hidden, units, layers, vocabulary = 128, 32, 64, 2, 320
+    budget, horizons = equal_flops(["experiment=operators_experts", "growth=source", f"source={tmp_path}"])
+    attention = 4 * hidden**2 + (context + 1) * hidden  # half of the positions are read, on average
+    mlp, router = 3 * hidden * units, 4 * hidden
+    head = vocabulary * hidden
+    share = (head + layers * (attention + 2 * mlp + router)) / (head + layers * (attention + mlp))
+    tokens = math.ceil(868_352 / 4096 * share) * 4096
+    assert (budget, horizons) == (f"train.budget_tokens={tokens}", f"schedule.horizons=[{tokens}]")
 
 
 def test_the_control_arm_needs_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from helpers.families import config_of
 from helpers.models import random_model
 from outgrow.growth import grow
 from outgrow.model.base.errors import UserError
-from outgrow.model.build import load_model
+from outgrow.model.build import load_model, to_hf_config
 from outgrow.model.config import read_config
 from outgrow.train.settings import compose
 from outgrow.train.start.null_control import norm_gain, scale_norms
@@ -70,6 +70,13 @@ def test_the_arm_takes_its_gain_from_the_targets_width(
     assert begin(settings, stage, source, tmp_path).lossless is False
     plain = compose([*own, "growth=source", f"source={source}", f"out={tmp_path}"])
     assert norm_gain(plain, config) == 1.0
+
+
+def test_the_gain_is_read_from_a_mixture_too() -> None:
+    dense = to_hf_config(compose(["experiment=operators_experts_source"]).target).to_dict()
+    wider = "target={model_type:mixtral,hidden_size:128,num_local_experts:4,num_experts_per_tok:2}"
+    settings = compose(["experiment=operators_experts", "growth=null_control", "schedule.horizons=[]", wider])
+    assert norm_gain(settings, dense) == 2.0
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from outgrow.growth.planning import wanted_config
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import known_size
-from outgrow.model.config import resolve_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +41,7 @@ def norm_gain(settings: Settings, config: Mapping[str, Any]) -> float:
     if settings.target is None:
         raise UserError("target: missing; the null control takes its width from it (target={hidden_size:96})")
     before = known_size(config, "hidden_size") or 0
-    after = known_size(resolve_target(settings.target, config), "hidden_size") or 0
+    after = known_size(wanted_config(config, settings.target), "hidden_size") or 0
     if after <= before:
         raise UserError(
             f"growth={settings.growth.name}: the target's hidden_size={after} is not above the source's "
