@@ -216,20 +216,19 @@ def _title(row: Worth) -> str:
 
 
 def _name(axes: Axes, labels: Sequence[Label]) -> None:
-    """Write each text beside its point, those above one another LINE points apart."""
+    """Write each text beside its point, those above one another LINE points apart, none below the axes."""
     axes.autoscale_view()
     bottom, top = axes.get_ylim()
     inches = axes.bbox.height / axes.figure.dpi
     points_a_unit = inches * 72 / (top - bottom)
-    below = math.inf
-    for label in sorted(labels, key=lambda label: -label.up):
-        level = label.up * points_a_unit
-        lowered = min(level, below - LINE)
+    ordered = sorted(labels, key=lambda label: -label.up)
+    levels = [(label.up - bottom) * points_a_unit for label in ordered]
+    for label, level, height in zip(ordered, levels, _apart(levels), strict=True):
         aside = 8 if label.aligned == "left" else -8
         axes.annotate(
             label.text,
             (label.across, label.up),
-            xytext=(aside, lowered - level),
+            xytext=(aside, height - level),
             textcoords="offset points",
             ha=label.aligned,
             va="center",
@@ -239,7 +238,20 @@ def _name(axes: Axes, labels: Sequence[Label]) -> None:
             zorder=5,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.8},
         )
-        below = lowered
+
+
+def _apart(levels: Sequence[float]) -> list[float]:
+    """Heights LINE points apart or more, near falling `levels` over the bottom, below which none stands."""
+    heights: list[float] = []
+    below = math.inf
+    for level in levels:
+        below = min(level, below - LINE)
+        heights.append(below)
+    above = LINE / 2
+    for place in reversed(range(len(heights))):
+        heights[place] = max(heights[place], above)
+        above = heights[place] + LINE
+    return heights
 
 
 def _finish(axes: Axes, across: str, up: str, title: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import math
 import re
 import types
@@ -226,6 +227,17 @@ def test_the_picture_names_each_arm_at_its_end(tmp_path: Path) -> None:
     many = [end(f"arm{number}", 2e12, 2.5 + number / 100) for number in range(7)]
     (legend,) = build(worths([CONTROL, *SCRATCH_ENDS, *many])).legends
     assert len(legend.get_texts()) == 9
+
+
+def test_names_near_the_bottom_of_the_picture_stay_inside_of_it() -> None:
+    ends = [end(f"arm{number}", 8e12, 2.21 + number / 1000) for number in range(4)]
+    figure = build(worths([CONTROL, *SCRATCH_ENDS, *ends]))
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
+        assert boxes[0].y0 >= axes.bbox.y0
+        arms = [text.get_window_extent() for text in axes.texts if "arm" in text.get_text()]
+        assert all(not one.overlaps(other) for one, other in itertools.combinations(arms, 2))
 
 
 @pytest.mark.slow
