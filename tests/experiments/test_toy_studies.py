@@ -17,6 +17,7 @@ FITTED = ["growth.tokens=512", "growth.window=64"]
 LEARNED = ["growth.steps=2", "growth.batch_tokens=128", "growth.window=64"]
 STUDIES: dict[str, Mapping[str, Sequence[str]]] = {  # name: what arms need to be small
     "operators": {"least_squares": FITTED, "ligo": LEARNED, "lesa": ["growth.epochs=1"]},
+    "operators_experts": {},
     "from_a_trained_source": {},
     "family": {},
     "width_or_depth": {},
