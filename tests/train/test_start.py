@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 
 from outgrow.growth import grow
 from outgrow.growth.grow import recorded_plan
+from outgrow.model.base.errors import UserError
+from outgrow.model.geometry import parameter_count
 from outgrow.train.settings import compose
 from outgrow.train.start import source as start
 from outgrow.train.start.stages import stages_of
@@ -55,3 +58,19 @@ def test_a_start_is_stored_so_that_nothing_of_it_is_rounded(
         assert any(
             not torch.equal(tensor, tensor.to(getattr(torch, dtype)).float()) for tensor in found.values()
         )
+
+
+def test_a_network_that_no_memory_holds_is_refused_before_it_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = compose(["experiment=tiny", "growth=scratch", "target=tiny_target"])
+    first = stages_of(settings, start.target_config(settings, None))[0]
+    needed = 4 * parameter_count(first.config)
+    monkeypatch.setattr(start, "build_model", lambda *_, **__: "built")
+    monkeypatch.setattr(start.psutil, "virtual_memory", lambda: SimpleNamespace(total=needed - 1))
+    with pytest.raises(
+        UserError, match=r"target: its [0-9,]+ parameters need .* GiB of memory; give smaller"
+    ):
+        start.starting_model(settings, first, None, tmp_path, "eager")
+    monkeypatch.setattr(start.psutil, "virtual_memory", lambda: SimpleNamespace(total=needed))
+    assert start.starting_model(settings, first, None, tmp_path, "eager") == "built"

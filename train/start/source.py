@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -26,8 +27,8 @@ from outgrow.model.build import build_model, known_size, load_model
 from outgrow.model.checkpoint import Checkpoint, locate
 from outgrow.model.config import read_config, resolve_target
 from outgrow.model.dtypes import TORCH_NAMES, is_short
-from outgrow.model.family import has_schema
-from outgrow.model.geometry import flops_per_token
+from outgrow.model.family import Config, has_schema
+from outgrow.model.geometry import flops_per_token, parameter_count
 from outgrow.model.spelling import spell_folder
 from outgrow.train.run.folder import PICTURE
 from outgrow.train.run.record import RunRecord, SourceCost, Start
@@ -283,7 +284,12 @@ def starting_model(
     folder: Path,
     attention: str,
 ) -> PreTrainedModel:
-    """The network at the beginning of a stage, in float32, on the CPU; the same on every process."""
+    """The network at the beginning of a stage, in float32, on the CPU; the same on every process.
+
+    Raises:
+        UserError: this machine's memory cannot hold it.
+    """
+    _check_memory(stage.config)
     start = start_folder(stage, source, folder)
     if start is None:
         return build_model(stage.config, seed=settings.seed, attention=attention)
@@ -292,6 +298,20 @@ def starting_model(
     if gain != 1.0:
         scale_norms(network, gain)
     return network
+
+
+def _check_memory(config: Config) -> None:
+    """Refuse a network that no memory of this machine can hold, before any of it is allocated: most often it
+    has the class's own sizes, where the target names none."""
+    parameters = parameter_count(config)
+    needed = parameters * torch.float32.itemsize
+    memory = psutil.virtual_memory().total
+    if needed > memory:
+        raise UserError(
+            f"target: its {parameters:,} parameters need {needed / 2**30:,.0f} GiB in float32, and this "
+            f"machine has {memory / 2**30:,.0f} GiB of memory; give smaller sizes (what target= leaves out "
+            "is the source's, and without a source the class's own), or a machine with more memory"
+        )
 
 
 def start_folder(stage: Stage, source: Path | None, folder: Path) -> Path | None:
