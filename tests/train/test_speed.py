@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.activations import ACT2CLS, ACT2FN
 
 from helpers.families import FAMILIES, config_of
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model
 from outgrow.train.loss import NextTokenLoss
+from outgrow.train.machine import device
 from outgrow.train.machine.compile import SAME, TanhGELU, fuse_activations, layers_of, speed_up
 from outgrow.train.machine.device import session
 from outgrow.train.settings import LoopSettings, compose
@@ -224,3 +226,22 @@ def test_a_network_with_fused_activations_has_its_losses_and_gradients(family: s
     for one, other in zip(plain.parameters(), fused.parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None)
         assert one.grad is None or torch.allclose(one.grad, other.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_the_backend_of_a_process_group_outlives_what_refers_to_the_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def join(cpu: bool, hang_seconds: float | None) -> None:
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "_join_processes", join)
+        with session("fp32"):
+            (backend,) = device._held
+            assert isinstance(backend, distributed.ProcessGroupGloo)
+            network = DistributedDataParallel(torch.nn.Linear(2, 2))
+            network(torch.ones(1, 2)).sum().backward()
+    assert not distributed.is_initialized()
+    assert device._held == [backend]  # while the module still refers to the group
+    with session("fp32"):
+        assert device._held == []

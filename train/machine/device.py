@@ -115,6 +115,7 @@ def session(
     # a bar for each model that is read or written would break up the run's own lines
     logging.disable_progress_bar()
     _join_processes(cpu, hang_seconds)
+    _hold_backend(torch.device("cpu" if cpu else "cuda"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
         mixed_precision = _mixed_precision(precision, cpu)
@@ -134,6 +135,24 @@ def session(
         torch.random.set_rng_state(generator)
         if bars:
             logging.enable_progress_bar()
+
+
+_held: list[Any] = []  # the backend of the session's process group
+
+
+def _hold_backend(device: torch.device) -> None:
+    """Keep the process group's backend until the next session begins.
+
+    The run's DDP module refers to the group too, and is freed after the group has ended. Were it the last to
+    do so, it would wait for the backend's threads while it holds the interpreter's lock, for which such a
+    thread may be waiting to let go of a tensor: for ever. A backend that is freed by Python itself gives the
+    lock away first.
+    """
+    _held.clear()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = torch.distributed.group.WORLD
+        assert world is not None
+        _held.append(world._get_backend(device))
 
 
 _sessions = itertools.count()
