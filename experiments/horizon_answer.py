@@ -121,4 +121,5 @@ def seed_numbers(point: Point) -> str:
 
 
 def speedup_text(value: float | None, bound: Bound | None) -> str:
+    """A speed-up in two digits, or the bound that is known of it."""
     return str(bound) if value is None else f"{value:.2f}"
