@@ -197,6 +197,11 @@ def test_what_cannot_be_forecast_is_refused() -> None:
         forecast(compose([*PHI_2, "forecast.gpus=96"]))
     with pytest.raises(UserError, match="no folder here"):
         forecast(compose([*PHI_2, "growth=source"]))
+    # what the target leaves out is the source's: never the class's own default
+    with pytest.raises(
+        UserError, match="changes the config of the source 'runs/none', and that is no folder"
+    ):
+        forecast(compose(["growth=upcycle", "source=runs/none", "target={model_type:mixtral}"]))
     tiny = ["growth=scratch", "target=tiny_target", "forecast.gpus=1"]
     assert "not known for Abacus; known: B200" in tell(compose([*tiny, "forecast.device=Abacus"]))
     hours = {

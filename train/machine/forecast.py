@@ -174,6 +174,12 @@ def target(settings: Settings) -> dict[str, Any]:
     changed = None
     if source is not None:
         changed = mixture_target(source, settings.target, growth.operator, growth.options)
+    elif settings.source is not None and isinstance(settings.target, dict):
+        raise UserError(
+            f"dry_run: the target changes the config of the source {settings.source!r}, and that is no "
+            "folder here; train or fetch it first, name a preset as target, or give source=null where the "
+            "target is whole by itself"
+        )
     return changed or resolve_target(settings.target, source)
 
 
