@@ -29,7 +29,7 @@ from outgrow.model.twin import tiny_twin
 from outgrow.train.loss import fused_cross_entropy
 from outgrow.train.machine.compile import fuse_activations, layers_of
 from outgrow.train.machine.device import MEMORY_GIB, PEAK_BF16_FLOPS, named
-from outgrow.train.machine.forecast import GIB, forecast, sustained, tell
+from outgrow.train.machine.forecast import GIB, forecast, sustained, target, tell
 from outgrow.train.machine.memory import _kept, gathered, kept_by, logits, on_fakes
 from outgrow.train.optimizer import build_optimizer
 from outgrow.train.settings import CONF, Settings, compose
@@ -202,6 +202,10 @@ def test_what_cannot_be_forecast_is_refused() -> None:
         UserError, match="changes the config of the source 'runs/none', and that is no folder"
     ):
         forecast(compose(["growth=upcycle", "source=runs/none", "target={model_type:mixtral}"]))
+    # a target with every size is whole by itself, in its family's own spelling too
+    sizes = "vocab_size:64,n_embd:16,n_layer:2,n_head:2"
+    spelled = compose(["growth=scratch", "source=runs/none", f"target={{model_type:gpt2,{sizes}}}"])
+    assert target(spelled)["n_embd"] == 16
     tiny = ["growth=scratch", "target=tiny_target", "forecast.gpus=1"]
     assert "not known for Abacus; known: B200" in tell(compose([*tiny, "forecast.device=Abacus"]))
     hours = {

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import CONFIG_MAPPING
 
 from outgrow.growth.planning import mixture_target
 from outgrow.model.base.errors import UserError
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GIB = 2**30
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+)  # `transformers`' names; a family may spell its own
 FILLED = 0.95  # of a device's memory may be planned for
 
 
@@ -174,13 +180,23 @@ def target(settings: Settings) -> dict[str, Any]:
     changed = None
     if source is not None:
         changed = mixture_target(source, settings.target, growth.operator, growth.options)
-    elif settings.source is not None and isinstance(settings.target, dict):
+    elif settings.source is not None and _leaves_out_a_size(settings.target):
         raise UserError(
             f"dry_run: the target changes the config of the source {settings.source!r}, and that is no "
             "folder here; train or fetch it first, name a preset as target, or give source=null where the "
             "target is whole by itself"
         )
     return changed or resolve_target(settings.target, source)
+
+
+def _leaves_out_a_size(target: Any) -> bool:
+    """Find whether a target leaves a size to the source's config. The class's own default must not stand in
+    for it."""
+    if not isinstance(target, dict):
+        return False
+    model_type = str(target.get("model_type"))
+    spelled = CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
+    return any(size not in target and spelled.get(size) not in target for size in SIZES)
 
 
 # ---- telling -----------------------------------------------------------------------------------------------
