@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from helpers.models import make_checkpoint
 from outgrow.growth import grow, plan
@@ -254,6 +254,30 @@ def test_factors_of_every_shape_give_the_weights_of_pytorchs_arithmetic(
     assert torch.equal(part, expected[name][37:45])
     model = load_model(folder, dtype="bfloat16")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "weights", "dtype"),
+    [
+        ("one", {"strategy": "tensor"}, torch.float32),
+        ("[rows, 1]", {"strategy": "channel"}, torch.bfloat16),
+        ("blocks", {"strategy": "block", "block_structure": [40, 24]}, torch.float32),
+        ("groups", {"strategy": "group", "group_size": 16}, torch.float32),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_such_weights_are_those_that_compressed_tensors_decompresses(
+    shape: str, weights: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    config = compressed(**weights) | {"quantization_status": "compressed", "ignore": ["lm_head"]}
+    folder, _ = scaled(tmp_path / "source", shape, config, dtype)
+    way = CompressedTensorsConfig(run_compressed=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=way)
+    decompressed = model.state_dict()
+    held = plain(folder).state_dict()
+    for name, tensor in held.items():
+        assert torch.equal(tensor, decompressed[name]), name
 
 
 def test_growth_takes_such_weights_and_tells_which_scales_it_drops(tmp_path: Path) -> None:
