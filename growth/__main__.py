@@ -24,7 +24,7 @@ from outgrow.model.base.interrupt import started
 from outgrow.model.base.settings import CONF, compose_config, settings_of
 
 if TYPE_CHECKING:
-    from outgrow.growth.engine.execute import Reader
+    from outgrow.growth.engine.rows import Reader
     from outgrow.growth.plan import Plan
     from outgrow.growth.verify import Receipt
 

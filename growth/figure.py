@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from outgrow.growth.decision import Step
-from outgrow.growth.engine.execute import Expander, Reader
+from outgrow.growth.engine.execute import Expander
+from outgrow.growth.engine.rows import Reader
 from outgrow.growth.origin import Origin, of_axis, origins
 from outgrow.growth.plan import Plan
 from outgrow.growth.words import spaces_table

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from outgrow.growth.engine.execute import Reader
+    from outgrow.growth.engine.rows import Reader
 
 
 def grow_model(

@@ -67,47 +67,54 @@ def plan(
     checkpoint = _opened(source)
     if isinstance(checkpoint, Checkpoint):
         checkpoint = plain_source(checkpoint, target, depth)
+    strength = default_noise(operator) if noise is None else noise
+    plan_of = partial(plan, checkpoint, depth=depth, noise=strength, seed=seed, dtype=dtype, fresh=fresh)
+    config = _config_of(checkpoint)
     if operator in CHANGES:
-        strength = default_noise(operator) if noise is None else noise
-        within = partial(plan, checkpoint, depth=depth, noise=strength, seed=seed, dtype=dtype, fresh=fresh)
-        config = checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint
-        return changed_plan(config, target, operator, options, strength, within)
+        return changed_plan(config, target, operator, options, strength, plan_of)
     if operator in LEARNED:
-        strength = default_noise(operator) if noise is None else noise
-        fixed = partial(
-            plan, checkpoint, target, depth=depth, noise=strength, seed=seed, dtype=dtype, family=family
-        )
-        fixed = partial(fixed, fresh=fresh)
+        fixed = partial(plan_of, target, family=family)
         learned = learned_plan(operator, options, fixed)
-        text = None if learned.lesson is None else learned.lesson.text
-        if text is not None and not isinstance(source, Mapping):  # a config is planned on paper
-            check_there(text)
+        is_on_paper = isinstance(source, Mapping)  # a config alone
+        if not is_on_paper:
+            _check_text(learned)
         return learned
     if isinstance(target, Mapping):
         target = _said_elsewhere(flat(target), dtype)
-    held = checkpoint if isinstance(checkpoint, Checkpoint) else None
     if family is None:
         resolved = resolve_family(checkpoint, target, depth, operator, options)
     else:
         resolved = Resolved(family)
-    own_config = checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint
-    source_config = resolved.config or own_config
+    source_config = resolved.config or config
     target_config = resolve_target(target, source_config, resolved.family)
     target_config = _in_dtype(target_config, dtype)
     growth = Growth(resolved.family, source_config, target_config, seed, dtype)
+    held = checkpoint if isinstance(checkpoint, Checkpoint) else None
     decided = decide(
         growth,
         operator,
         options,
         depth=depth,
-        noise=default_noise(operator) if noise is None else noise,
+        noise=strength,
         held=held,
         notes=resolved.notes,
         fresh=fresh,
     )
     if resolved.config is None:
         return decided
-    return _as_the_class_starts(decided, _hold_against_class(decided))
+    called = _hold_against_class(decided)
+    return _as_the_class_starts(decided, called)
+
+
+def _config_of(source: Checkpoint | Config) -> Config:
+    return source.config if isinstance(source, Checkpoint) else source
+
+
+def _check_text(plan: Plan) -> None:
+    """Check that the text a plan learns on is there."""
+    text = None if plan.lesson is None else plan.lesson.text
+    if text is not None:
+        check_there(text)
 
 
 def mixture_target(
@@ -123,15 +130,17 @@ def mixture_target(
     Raises:
         UserError: as `plan`.
     """
-    kind = target.get("model_type") if isinstance(target, Mapping) else None
     is_change = operator in CHANGES
-    if not is_change and kind in (None, source["model_type"]):
+    kind = target.get("model_type") if isinstance(target, Mapping) else None
+    same_family = kind in (None, source["model_type"])
+    if same_family and not is_change:
         return None
     changing = operator if is_change else "upcycle"
     known = options_of(changing) if is_change else ()
     own = {name: options[name] for name in known if name in options}
     depth = options.get("depth", "identity")
-    return plan(source, target, changing, depth=depth, noise=0.0, **own).target_config
+    changed = plan(source, target, changing, depth=depth, noise=0.0, **own)
+    return changed.target_config
 
 
 def wanted_config(source: Config, target: Any) -> dict[str, Any]:
@@ -141,25 +150,29 @@ def wanted_config(source: Config, target: Any) -> dict[str, Any]:
     Raises:
         UserError: as `plan`.
     """
-    return mixture_target(source, target, "scratch", {}) or resolve_target(target, source)
+    mixture = mixture_target(source, target, "scratch", {})
+    return mixture or resolve_target(target, source)
 
 
 def _said_elsewhere(target: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     """A target without the dtype that it names, where that is the one asked for; another is refused as the
     source's contradiction.
     """
-    return {
-        key: value for key, value in target.items() if key.rpartition(".")[2] not in DTYPES or value != dtype
-    }
+    return {key: value for key, value in target.items() if not _names_dtype(key) or value != dtype}
+
+
+def _names_dtype(key: str) -> bool:
+    """Check for a config key of a dtype, of any part of the config."""
+    last = key.rpartition(".")[2]
+    return last in DTYPES
 
 
 def _in_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     """A config that names another dtype for its weights, wherever it names one."""
     if dtype is None:
         return config
-    spellings = ("dtype", "torch_dtype")
-    names = {key for key in config if key.rpartition(".")[2] in spellings}
-    return config | dict.fromkeys(names or {"dtype"}, dtype)
+    names = set(filter(_names_dtype, config)) or {"dtype"}
+    return config | dict.fromkeys(names, dtype)
 
 
 def _opened(source: str | Path | Config | Checkpoint) -> Checkpoint | Config:
@@ -172,12 +185,15 @@ def _opened(source: str | Path | Config | Checkpoint) -> Checkpoint | Config:
             f"source {source!r:.80}: expected a folder, a preset's name, a checkpoint or a config as a "
             f"dict; found {type(source).__name__}"
         )
-    with reading(f"source {str(source)!r}"):
-        is_there = Path(source).exists()
-        is_folder = Path(source).is_dir()
-    if str(source) in PRESETS and not is_folder:
-        return preset(str(source))
-    return Checkpoint(locate(source) if is_there else source)
+    name = str(source)
+    path = Path(source)
+    with reading(f"source {name!r}"):
+        is_there = path.exists()
+        is_folder = path.is_dir()
+    if name in PRESETS and not is_folder:
+        return preset(name)
+    folder = locate(source) if is_there else source
+    return Checkpoint(folder)
 
 
 def _as_the_class_starts(plan: Plan, called: Mapping[str, str]) -> Plan:
@@ -188,8 +204,11 @@ def _as_the_class_starts(plan: Plan, called: Mapping[str, str]) -> Plan:
     if not fresh:
         return plan
     known = starts(plan.target_config)
-    called_known = [name for name in fresh if called[name] in known]
-    followed = {name: known[called[name]] for name in called_known}
+    followed = {}
+    for name in fresh:
+        library_name = called[name]
+        if library_name in known:
+            followed[name] = known[library_name]
     unknown = [name for name in fresh if name not in followed]
     notes = plan.notes
     if unknown:
@@ -214,8 +233,12 @@ def _hold_against_class(plan: Plan) -> Mapping[str, str]:
     names = set(sources.values())
     source, was_called = named_shapes(plan.source_config, names)
     built, called = named_shapes(plan.target_config, sources)
-    known = [step for step in plan.steps if was_called[sources[step.name]] in source]
-    planned = {called[step.name]: step.shape for step in known}
+    planned = {}
+    for step in plan.steps:
+        source_name = was_called[sources[step.name]]
+        if source_name in source:
+            library_name = called[step.name]
+            planned[library_name] = step.shape
     differ = [name for name, shape in planned.items() if built.get(name) != shape]
     if differ:
         first = min(differ)
@@ -224,7 +247,8 @@ def _hold_against_class(plan: Plan) -> Mapping[str, str]:
             f"where transformers' class wants {built.get(first, 'none')} ({names_of(differ)}); what "
             "follows the sizes or layers that change was not recognised"
         )
-    if lacking := [name for name in built if name not in planned]:
+    lacking = [name for name in built if name not in planned]
+    if lacking:
         raise UserError(
             f"family {plan.family.name!r} has no schema here, and transformers' class would want "
             f"{names_of(lacking)} too, which no source layer in that place has; choose another "

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from outgrow.growth.engine.execute import Reader
+from outgrow.growth.engine.rows import Reader
 from outgrow.growth.engine.stream import write_model
 from outgrow.growth.passage import Passage
 from outgrow.growth.plan import Plan

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from outgrow.growth.engine.bits import EXPONENT, all_finite
-from outgrow.growth.engine.execute import Reader
+from outgrow.growth.engine.rows import Reader
 from outgrow.model.base.errors import UserError
 
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from outgrow.growth.engine.bits import add, lookup, normal_numbers
+from outgrow.growth.engine.bits import add, floats, lookup, normal_numbers
 from outgrow.growth.engine.runs import consecutive
 from outgrow.growth.engine.seeding import Draws, normal, quantiles
 from outgrow.growth.expansion import AxisMap
-from outgrow.model.dtypes import is_short, working_type
+from outgrow.model.dtypes import is_short, to_raw, working_type
 
 Where = tuple[slice | np.ndarray, slice | np.ndarray]  # (rows, columns)
 
@@ -25,9 +25,9 @@ class Noise:
     """The noise on one matrix.
 
     Where the readers were divided, all copies of an index but the last get noise, and the last gets minus
-    their sum: they still sum to the source. In 16 bits the last copy `closes` instead: the caller sets it to
-    the source minus the stored others. Where readers were not divided, every reader of copies gets noise of
-    its own.
+    their sum: they still sum to the source. In 16 bits the last copy `closes` instead: it is set to the
+    source minus the stored others, so that their sum rounds once. Where readers were not divided, every
+    reader of copies gets noise of its own.
 
     Args:
         axis: the axis of the stored matrix on which copies are read; `grown` is its map.
@@ -82,6 +82,45 @@ class Noise:
             self._add_to_columns(target, rows)
         else:
             self._add_to_rows(target, rows)
+
+    def close_columns(self, target: np.ndarray, source: np.ndarray, gain: np.ndarray) -> None:
+        """Set the last copies among the columns to the source minus the other copies as stored.
+
+        Args:
+            source: (b, n) the raw source rows of the target's.
+            gain: (b,) the factor of each row.
+        """
+        grown = self.grown
+        last = np.flatnonzero(self.last)
+        index = grown.index[last]
+        # Start from the undivided source: the gain of a copy times the number of copies.
+        counts = grown.counts()
+        copies = counts[grown.index]
+        undivided = grown.gain * copies
+        row_gain = gain[:, None]
+        factors = row_gain * undivided[last]
+        factors = factors.astype(working_type(self.dtype))
+        copied = source[:, consecutive(index)]
+        remainder = self._decoded(copied) * factors
+        # Subtract every other copy, as rounded and stored.
+        for places in self.places:
+            others = places[index]
+            present = others >= 0
+            other_columns = others[present]
+            stored = self._decoded(target[:, other_columns])
+            copied_here = consecutive(np.flatnonzero(present))
+            with np.errstate(invalid="ignore"):  # infinities, where they are allowed
+                remainder[:, copied_here] -= stored
+        last_columns = consecutive(last)
+        as_before = target[:, last_columns]
+        is_finite = np.isfinite(remainder)
+        closed = to_raw(remainder, self.dtype)
+        target[:, last_columns] = np.where(is_finite, closed, as_before)
+
+    def _decoded(self, raw: np.ndarray) -> np.ndarray:
+        """Decode raw bits into numbers of the working type (exact)."""
+        contiguous = np.ascontiguousarray(raw)
+        return floats(contiguous, self.dtype)
 
     def _add_to_columns(self, target: np.ndarray, rows: np.ndarray) -> None:
         pairs = zip(self.places, self.draws, strict=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from outgrow.growth.engine.execute import Expander, Reader
+from outgrow.growth.engine.execute import Expander
+from outgrow.growth.engine.rows import Reader
 from outgrow.growth.engine.shards import MAX_SHARD_BYTES, Entry, ShardWriter, layout, write_index
 from outgrow.growth.plan import Plan
 from outgrow.model.composite import nested

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from outgrow.growth.engine.execute import Expander, Reader
+from outgrow.growth.engine.execute import Expander
+from outgrow.growth.engine.rows import Reader
 from outgrow.growth.plan import Plan
 from outgrow.model.base.errors import UserError
 from outgrow.model.checkpoint import Stored

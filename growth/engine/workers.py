@@ -22,7 +22,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from outgrow.growth.engine.execute import Reader
+from outgrow.growth.engine.rows import Reader
 from outgrow.growth.engine.stream import Progress, Shards, write_weights
 from outgrow.growth.folder import MARK, WORKER, Place, disk_faults
 from outgrow.growth.plan import Plan

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from outgrow.growth.engine.execute import Reader
+from outgrow.growth.engine.rows import Reader
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import whole_file
 

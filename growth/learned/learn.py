@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from outgrow.growth.engine.execute import Reader
+from outgrow.growth.engine.rows import Reader
 from outgrow.growth.learned.kept import Kept, fingerprint
 from outgrow.growth.learned.lesa import predict_layers
 from outgrow.growth.learned.lessons import LeastSquares, Lesa, Ligo

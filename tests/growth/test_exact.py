@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from helpers.families import config_of, renamed
 from helpers.models import random_model
 from outgrow.growth import grow, grow_model, plan
-from outgrow.growth.grow import recorded_plan
 from outgrow.growth.layers import among_kinds
 from outgrow.growth.operators import OPERATORS, default_noise
 from outgrow.growth.recipe import Recipe
+from outgrow.growth.record import recorded_plan
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.settings import compose_config
 from outgrow.model.build import load_model

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers.models import make_checkpoint, random_model
 from outgrow.growth import grow, grow_model, plan
-from outgrow.growth.grow import recorded_plan
+from outgrow.growth.record import recorded_plan
 from outgrow.model.base.errors import UserError
 from outgrow.train.settings import compose, settings_hash
 

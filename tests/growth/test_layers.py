@@ -10,10 +10,10 @@ import torch
 from helpers.families import config_of
 from helpers.models import make_checkpoint
 from outgrow.growth import grow
-from outgrow.growth.grow import recorded_plan
 from outgrow.growth.layers import LAYER_MAPS, layer_map
 from outgrow.growth.memory import grow_model
 from outgrow.growth.origin import Origin, origins
+from outgrow.growth.record import recorded_plan
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import load_model
 

@@ -23,7 +23,6 @@ from outgrow.growth import grow, plan
 from outgrow.growth.__main__ import main
 from outgrow.growth.engine.seeding import generator
 from outgrow.growth.engine.tensors import expand
-from outgrow.growth.grow import recorded_plan
 from outgrow.growth.learned import maps_state, telling
 from outgrow.growth.learned.lesa import Basis
 from outgrow.growth.learned.lessons import LEARNED, Lesa
@@ -33,6 +32,7 @@ from outgrow.growth.learned.squares import Inputs
 from outgrow.growth.learned.text import read_calibration
 from outgrow.growth.memory import grow_model
 from outgrow.growth.operators import options_of
+from outgrow.growth.record import recorded_plan
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model, empty_model, load_model, to_hf_config
 from outgrow.model.checkpoint import SINGLE, Checkpoint

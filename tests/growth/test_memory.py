@@ -12,8 +12,8 @@ import torch
 from helpers.families import config_of, renamed
 from helpers.models import random_model
 from outgrow.growth import grow, grow_model
-from outgrow.growth.grow import recorded_plan
 from outgrow.growth.operators import OPERATORS
+from outgrow.growth.record import recorded_plan
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import load_model, stored_names
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from helpers.models import random_model
 from outgrow.growth import grow, grow_model, plan
-from outgrow.growth.grow import recorded_plan
 from outgrow.growth.moments import inexact, moments_plan
+from outgrow.growth.record import recorded_plan
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model, to_hf_config
 from outgrow.model.flops import counted

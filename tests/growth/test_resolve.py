@@ -432,7 +432,7 @@ def test_a_tiny_twin_stands_for_all_kinds_of_layers_and_is_tiny(name: str, chang
 def test_a_growth_by_a_derived_schema_can_be_followed_again(
     tmp_path: Path, checkpoint_maker: Any, name: str
 ) -> None:
-    from outgrow.growth.grow import recorded_plan
+    from outgrow.growth.record import recorded_plan
 
     target = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     grown = grow(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from outgrow.growth import grow
-from outgrow.growth.grow import recorded_plan
+from outgrow.growth.record import recorded_plan
 from outgrow.model.base.errors import UserError
 from outgrow.model.geometry import parameter_count
 from outgrow.train.settings import compose

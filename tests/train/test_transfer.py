@@ -19,8 +19,8 @@ from helpers.models import random_model
 from helpers.toy import assert_close_run, assert_same_run, ended, rows, weights, without_target
 from outgrow.growth import plan
 from outgrow.growth.adam import read_adam
-from outgrow.growth.grow import recorded_plan
 from outgrow.growth.origin import Origin, origins
+from outgrow.growth.record import recorded_plan
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model
 from outgrow.model.config import read_config, read_json

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from outgrow.growth.grow import recorded_plan
+from outgrow.growth.record import recorded_plan
 from outgrow.model.build import stored_names
 from outgrow.model.conversion import in_file
 from outgrow.model.family import family_of, has_schema

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from outgrow.growth import grow
-from outgrow.growth.grow import read_ledger
 from outgrow.growth.learned.lessons import LEARNED
 from outgrow.growth.learned.telling import Telling
 from outgrow.growth.operators import options_of
 from outgrow.growth.planning import mixture_target
+from outgrow.growth.record import read_ledger
 from outgrow.growth.resolve import resolve_family
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import whole_folder

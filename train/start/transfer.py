@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from outgrow.growth import load_adam, plan
 from outgrow.growth.adam import fill, read_adam
-from outgrow.growth.grow import recorded_plan
 from outgrow.growth.origin import Origin, axis_origins, origins
+from outgrow.growth.record import recorded_plan
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import stored_names
 from outgrow.model.config import read_config
