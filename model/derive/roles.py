@@ -91,7 +91,8 @@ class Choices:
         """
         hints = get_type_hints(cls)
         names = [field.name for field in fields(cls)]
-        options = [get_args(hints[name]) for name in reversed(names)]
+        options = [get_args(hints[name]) for name in names]
+        options.reverse()
         for values in product(*options):
             yield cls(*reversed(values))
 
@@ -99,9 +100,10 @@ class Choices:
 def inner(share: Fraction | int) -> Space:
     """Name a space as wide as a multiple of the hidden size."""
     share = Fraction(share)
-    is_whole = share.denominator == 1
-    part = "" if is_whole else f"of{share.denominator}"
-    return Space(f"{_INNER}{share.numerator}{part}")
+    numerator = share.numerator
+    denominator = share.denominator
+    part = "" if denominator == 1 else f"of{denominator}"
+    return Space(f"{_INNER}{numerator}{part}")
 
 
 def inner_share(space: Space) -> Fraction | None:
@@ -140,12 +142,13 @@ class Draft:
     def templates(self, name: str) -> tuple[Axis, ...]:
         """Describe the axes of one tensor of the tiny model, in storage order, `?` for numbers."""
         axes = self._unnamed[name]
-        if self.choices.heads == "blocks" and self._may_have_blocks:
+        in_blocks = self.choices.heads == "blocks"
+        if in_blocks and self._may_have_blocks:
             return tuple(IN_BLOCKS.get(axis, axis) for axis in axes)
         if not self._all_named:
             return axes
-        named = [self._named_axis(name, dim) for dim in range(len(axes))]
-        return tuple(name or axis for name, axis in zip(named, axes, strict=True))
+        named = [self._named_axis(name, dim) or axis for dim, axis in enumerate(axes)]
+        return tuple(named)
 
     @cached_property
     def _unnamed(self) -> dict[str, tuple[Axis, ...]]:
@@ -163,46 +166,49 @@ class Draft:
         blocks.
         """
         heads = self.axes.heads
-        as_many = self.axes.kv == heads
+        one_each = self.axes.kv == heads
+        in_blocks = heads % BLOCKS == 0
         fused = any(FUSED_PARTS in axes for axes in self._unnamed.values())
-        return fused and as_many and heads % BLOCKS == 0
+        return fused and one_each and in_blocks
 
     @cached_property
     def _all_named(self) -> bool:
         """Check that every axis over heads is recognised by name, so that head dims can grow."""
-        dims = [
-            (name, dim)
-            for name, axes in self._unnamed.items()
-            for dim, axis in enumerate(axes)
-            if axis in HEADS
-        ]
-        recognised = all(self._named_axis(name, dim) for name, dim in dims)
-        return bool(self._head_dim and dims) and recognised
+        named: list[Axis | None] = []
+        for name, axes in self._unnamed.items():
+            over_heads = [dim for dim, axis in enumerate(axes) if axis in HEADS]
+            named += [self._named_axis(name, dim) for dim in over_heads]
+        has_heads = bool(self._head_dim and named)
+        return has_heads and all(named)
 
     def _named_axis(self, name: str, dim: int) -> Axis | None:
         """Name the head dims of an axis over heads; None where it has none or the module's name does not tell
         them.
         """
-        axis = self._unnamed[name][dim]
+        unnamed = self._unnamed[name]
+        axis = unnamed[dim]
         leaf = leaf_of(name)
-        length = self.seen[name].shape[dim]
+        seen = self.seen[name]
+        length = seen.shape[dim]
         head = self._head_dim
+        heads = self.axes.heads
+        kv = self.axes.kv
         is_head_norm = HEAD_NORM.search(leaf) is not None
         if axis in NAMED_FUSED:
-            keys_and_values = 2 * self.axes.kv
-            fused_heads = self.axes.heads + keys_and_values
+            fused_heads = heads + 2 * kv
             complete = length == fused_heads * head
-            return NAMED_FUSED[axis] if complete and FUSED.search(leaf) else None
-        shape = self.seen[name].shape
-        if axis == OPEN and is_head_norm and shape == (head,):
+            is_fused = complete and FUSED.search(leaf)
+            return NAMED_FUSED[axis] if is_fused else None
+        over_one_head = seen.shape == (head,)
+        if axis == OPEN and is_head_norm and over_one_head:
             return Space("qk")
         if axis not in HEADS:
             return None
-        over_queries = length == self.axes.heads * head
-        over_keys = length == self.axes.kv * head
+        over_queries = length == heads * head
+        over_keys = length == kv * head
         if is_head_norm:
             return NAMED_QUERIES if over_queries else NAMED_KEY_NORM
-        if self.seen[name].reads[dim]:
+        if seen.reads[dim]:
             return NAMED_OUTPUT if over_queries else None
         projections = (
             (QUERY, over_queries, NAMED_QUERIES),
@@ -217,7 +223,8 @@ class Draft:
     def _template(self, name: str, dim: int) -> Axis:
         """Recognise one axis by which config keys move its length; `?` where none or too many do."""
         axes = self.axes
-        length = self.seen[name].shape[dim]
+        seen = self.seen[name]
+        length = seen.shape[dim]
         if axis := self._of_mixer(name, dim):
             return axis
 
@@ -225,7 +232,8 @@ class Draft:
             """Compute how much longer the axis is in these shapes."""
             if shapes is None:
                 return 0
-            return shapes[name][dim] - length
+            shape = shapes[name]
+            return shape[dim] - length
 
         deltas = {key: moved(shapes) for key, shapes in axes.by_key.items()}
         by_key = {key: delta for key, delta in deltas.items() if delta}
@@ -234,7 +242,8 @@ class Draft:
         kv = moved(axes.by_kv)
         by_heads = queries or kv
         if by_key:
-            return OPEN if by_hidden or by_heads else self._of_keys(by_key, length)
+            by_width = by_hidden or by_heads
+            return OPEN if by_width else self._of_keys(by_key, length)
         if by_hidden and axes.coupled:
             return self._coupled(name, dim, by_hidden, queries, kv)
         if by_hidden:
@@ -249,13 +258,15 @@ class Draft:
             return OPEN
         ((key, delta),) = by_key.items()
         keys = self.axes.keys
-        size = self.axes.config[key]
+        config = self.axes.config
+        size = config[key]
         if key == keys.vocab:
             return VOCAB if length == size else OPEN
         if key == keys.positions:
             return POSITIONS if delta == 8 else OPEN
         parts = delta // 8
-        space = FFN if key == keys.ffn else Space(key)
+        is_ffn = key == keys.ffn
+        space = FFN if is_ffn else Space(key)
         complete = parts * size == length
         return self._repeated(space, parts) if complete else OPEN
 
@@ -263,8 +274,10 @@ class Draft:
         """Compose an axis of several such parts: gate and up projections in one matrix."""
         if parts == 1:
             return space
-        if self.choices.gates == "units":  # interleaved
-            return Product((space, Space(str(parts))))
+        interleaved = self.choices.gates == "units"
+        if interleaved:
+            count = Space(str(parts))
+            return Product((space, count))
         return Parts((space,) * parts)
 
     def _of_hidden(self, name: str, dim: int, by_hidden: int) -> Axis:
@@ -275,12 +288,15 @@ class Draft:
         Args:
             by_hidden: growth of the axis when the hidden size is doubled.
         """
-        length = self.seen[name].shape[dim]
+        seen = self.seen[name]
+        length = seen.shape[dim]
         hidden = self.axes.hidden
         parts, rest = divmod(length, hidden)
-        if by_hidden == hidden < length:
+        beside_more = by_hidden == hidden < length
+        if beside_more:
             return Parts((RESIDUAL, OPEN))
-        if by_hidden == length < hidden and hidden % length == 0:
+        is_part = by_hidden == length < hidden
+        if is_part and hidden % length == 0:
             share = Fraction(1, hidden // length)
             return inner(share)
         if rest or parts == 0:
@@ -294,10 +310,11 @@ class Draft:
             return Parts((half, half))
         if parts == 1:
             return RESIDUAL
-        reads = self.seen[name].reads[dim]
+        reads = seen.reads[dim]
         if parts in self._written or not reads:
             return inner(parts)
-        return Product((Space(str(parts)), RESIDUAL))
+        streams = Space(str(parts))
+        return Product((streams, RESIDUAL))
 
     @cached_property
     def _written(self) -> set[int]:
@@ -330,7 +347,8 @@ class Draft:
         seen = self.seen[name]
         length = seen.shape[dim]
         leaf = leaf_of(name)
-        heads = int(self.axes.config[mixer.heads])
+        config = self.axes.config
+        heads = int(config[mixer.heads])
         if leaf == "in_proj" and not seen.reads[dim]:
             complete = length > 2 * mixer.inner + heads
             return Parts((channels, channels, OPEN, rates)) if complete else None
@@ -352,36 +370,42 @@ class Draft:
         axes = self.axes
         head = self._head_dim
         if kv and queries:
-            if queries + kv != length:
+            complete = queries + kv == length
+            if not complete:
                 return OPEN
             is_fused = kv > axes.kv * head
             return self._fused() if is_fused else KEYS_BESIDE_QUERIES
         if kv:
             if kv != length:
                 return OPEN
-            return KEYS if kv // axes.kv > 1 else ONE_PER_KV
+            per_head = kv // axes.kv
+            return KEYS if per_head > 1 else ONE_PER_KV
         if queries != length:
             return OPEN
-        three_heads = 3 * axes.heads * head
-        three_each = axes.kv == axes.heads and length == three_heads
-        if three_each and FUSED.search(leaf_of(name)):
+        leaf = leaf_of(name)
+        one_each = axes.kv == axes.heads
+        all_queries = axes.heads * head
+        three_each = one_each and length == 3 * all_queries
+        if three_each and FUSED.search(leaf):
             return self._fused()
         return QUERIES if length > axes.heads else ONE_PER_QUERY
 
     @property
     def _head_dim(self) -> int:
-        keys = self.axes.keys
-        config = self.axes.config
-        named = config.get(keys.head_dim or "")
-        return int(named or self.axes.hidden // self.axes.heads)
+        axes = self.axes
+        key = axes.keys.head_dim or ""
+        named = axes.config.get(key)
+        return int(named or axes.hidden // axes.heads)
 
     def _fused(self) -> Axis:
-        return FUSED_HEADS if self.choices.fused == "heads" else FUSED_PARTS
+        by_head = self.choices.fused == "heads"
+        return FUSED_HEADS if by_head else FUSED_PARTS
 
     def _coupled(self, name: str, dim: int, by_hidden: int, queries: int, kv: int) -> Axis:
         """Recognise an axis where the head dim is hidden size / heads, both of which are doubled together."""
         axes = self.axes
-        length = self.seen[name].shape[dim]
+        seen = self.seen[name]
+        length = seen.shape[dim]
         if kv == length:
             return KEYS
         if kv > 0:
@@ -391,9 +415,10 @@ class Draft:
             return ONE_PER_QUERY
         if length == axes.hidden:
             return QUERIES if self._is_heads(name, dim) else RESIDUAL
+        leaf = leaf_of(name)
         fused_heads = axes.heads + 2 * axes.kv
         is_fused = length == fused_heads * self._head_dim
-        if is_fused and FUSED.search(leaf_of(name)):
+        if is_fused and FUSED.search(leaf):
             return self._fused()
         return self._of_hidden(name, dim, by_hidden)
 
@@ -403,16 +428,18 @@ class Draft:
         They are as many as the hidden size.
         """
         leaf = leaf_of(name)
-        reads = self.seen[name].reads[dim]
-        path = module_of(name).rpartition(".")[0]
+        seen = self.seen[name]
+        module = module_of(name)
+        path, _, _ = module.rpartition(".")
+        has_kernel = f"{path}.conv.weight" in self.seen
         into = self.seen.get(f"{path}.in_proj.weight")
-        if into is None or f"{path}.conv.weight" not in self.seen:
+        if into is None or not has_kernel:
             return False
-        thirds = 3 * self.axes.hidden
-        has_three_parts = into.shape[0] == thirds
+        rows = into.shape[0]
+        has_three_parts = rows == 3 * self.axes.hidden
         if not has_three_parts:
             return False
-        projection = "out_proj" if reads else "in_proj"
+        projection = "out_proj" if seen.reads[dim] else "in_proj"
         return leaf in ("conv", projection)
 
     def _is_heads(self, name: str, dim: int) -> bool:
@@ -424,19 +451,22 @@ class Draft:
         seen = self.seen[name]
         projections = (QUERY, KEY, VALUE)
         writes_heads = any(pattern.search(leaf) for pattern in projections)
-        if len(seen.shape) == 1:
+        reads = seen.reads[dim]
+        axis_count = len(seen.shape)
+        if axis_count == 1:
             is_norm = HEAD_NORM.search(leaf) is not None
-            return is_norm or (writes_heads and name.endswith(".bias"))
-        is_matrix = len(seen.shape) == 2
-        if not is_matrix or seen.reads.count(True) != 1:
+            is_bias = name.endswith(".bias")
+            return is_norm or (writes_heads and is_bias)
+        reads_once = seen.reads.count(True) == 1
+        if axis_count != 2 or not reads_once:
             return False
         if writes_heads:
-            return not seen.reads[dim]
-        path = name.rpartition(f".{leaf}")[0]
+            return not reads
+        path, _, _ = name.rpartition(f".{leaf}")
         in_attention = "att" in path.lower()
         rows, columns = seen.shape
         is_square = rows == columns
-        return in_attention and is_square and seen.reads[dim]
+        return in_attention and is_square and reads
 
     # ---- the family as one ----
 
@@ -466,19 +496,19 @@ class Draft:
         """
         if TEXT_TYPE not in self.axes.config:
             return []
-        touching = [name for name in self.unused if RESIDUAL in self._unnamed[name]]
+        axes = self._unnamed
+        touching = [name for name in self.unused if RESIDUAL in axes[name]]
         return [name for name in touching if not self._writes_only(name)]
 
     def _writes_only(self, name: str) -> bool:
         """Check that a matrix, or the one of a bias, writes the residual stream and reads something else."""
-        weight = name
-        if name.endswith(".bias"):
-            weight = f"{name.removesuffix('.bias')}.weight"
-        if weight not in self.seen:
+        weight = f"{module_of(name)}.weight" if name.endswith(".bias") else name
+        seen = self.seen.get(weight)
+        if seen is None:
             return False
-        over_stream = [axis == RESIDUAL for axis in self._unnamed[weight]]
-        reads = self.seen[weight].reads
-        sides = zip(over_stream, reads, strict=True)
+        axes = self._unnamed[weight]
+        over_stream = [axis == RESIDUAL for axis in axes]
+        sides = zip(over_stream, seen.reads, strict=True)
         return sorted(sides) == [(False, True), (True, False)]  # (over the stream, read)
 
     def _stays(self, name: str) -> bool:
@@ -494,12 +524,14 @@ class Draft:
     @property
     def position_offset(self) -> int:
         """Number of learned positions stored beyond what the config says."""
+        key = self.axes.keys.positions or ""
+        config = self.axes.config
         for name, seen in self.seen.items():
             axes = self.templates(name)
             if POSITIONS in axes:
-                stored = seen.shape[axes.index(POSITIONS)]
-                key = self.axes.keys.positions or ""
-                return stored - int(self.axes.config[key])
+                dim = axes.index(POSITIONS)
+                stored = seen.shape[dim]
+                return stored - int(config[key])
         return 0
 
 

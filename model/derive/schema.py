@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
+from outgrow.model.derive.axes import Keys
 from outgrow.model.derive.roles import (
     BLOCKS,
     GROUPS,
@@ -40,6 +41,8 @@ Alike = tuple[Line, Layers]  # lines that differ in a sibling's number alone, an
 LATENT = re.compile(r"_b_proj\.weight$")  # reads a latent vector, as DeepSeek's attention has them
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # in a tensor's name: of a layer, of an expert
 BLOCK = Space("block")
+# Multi-query attention: a switch says that there is one key-value head, and no config has this name.
+ONE_KV = "multi_query_heads"
 
 
 def drafted_family(
@@ -59,35 +62,39 @@ def drafted_family(
     keys = draft.axes.keys
     names = called or {}
     lines = list(_lines(draft, config, shapes, names))
-    # Multi-query attention: a switch says that there is one key-value head, and no config has this name.
     one_kv = draft.axes.multi_query
-    kv = "multi_query_heads" if one_kv else keys.kv
+    follows = dict.fromkeys(keys.follows, "hidden_size")
+    if keys.also_layers:
+        follows[keys.also_layers] = "num_hidden_layers"
+    undivided = draft.choices.logits == "undivided"
+    return Family(
+        name=str(config["model_type"]),
+        schema="\n".join(map(str, lines)),
+        norm=draft.norm,
+        names=_spellings(keys, one_kv),
+        defaults={ONE_KV: 1} if one_kv else {},
+        more=_further_sizes(draft, config, lines),
+        follows=follows,
+        rotary=None,
+        attention_scale="none" if undivided else "head_dim",
+        pos_offset=draft.position_offset,
+        tied=draft.tied,
+    )
+
+
+def _spellings(keys: Keys, one_kv: bool) -> dict[str, str]:
+    """List the sizes that the config spells otherwise than most: standard name → its key."""
     standard = {
         "hidden_size": keys.hidden,
         "num_attention_heads": keys.heads,
-        "num_key_value_heads": kv,
+        "num_key_value_heads": ONE_KV if one_kv else keys.kv,
         "head_dim": keys.head_dim,
         "intermediate_size": keys.ffn,
         "num_hidden_layers": keys.layers,
         "vocab_size": keys.vocab,
         "max_position_embeddings": keys.positions,
     }
-    follows = dict.fromkeys(keys.follows, "hidden_size")
-    if keys.also_layers:
-        follows[keys.also_layers] = "num_hidden_layers"
-    return Family(
-        name=str(config["model_type"]),
-        schema="\n".join(map(str, lines)),
-        norm=draft.norm,
-        names={name: key for name, key in standard.items() if key and key != name},
-        defaults={str(kv): 1} if one_kv else {},
-        more=_further_sizes(draft, config, lines),
-        follows=follows,
-        rotary=None,
-        attention_scale="none" if draft.choices.logits == "undivided" else "head_dim",
-        pos_offset=draft.position_offset,
-        tied=draft.tied,
-    )
+    return {name: key for name, key in standard.items() if key and key != name}
 
 
 def _further_sizes(draft: Draft, config: Config, lines: Iterable[Line]) -> dict[str, Size]:
@@ -143,21 +150,28 @@ def _lines(draft: Draft, config: Config, shapes: Shapes, called: Mapping[str, st
             family = config["model_type"]
             raise Unfit(f"tensor {name!r} has no counterpart in a tiny model of family {family!r}")
         lines[name] = _line(draft, name, twin, config, shapes)
-        if draft.seen[twin].by_text:
+        seen = draft.seen[twin]
+        if seen.by_text:
             by_text.append(name)
     # The layers are the lists as long as the config says that some text goes through: not another tower's.
-    stacks = _stacks(shapes, count)
-    stacks = {stack for stack in stacks if any(name.startswith(stack) for name in by_text)}
+    stacks = _stacks(by_text, shapes, count)
     # Lines that differ in the layer alone become one with a star.
     grouped: dict[Line, list[int | None]] = defaultdict(list)
     for name, line in lines.items():
-        weight = lines.get(f"{module_of(name)}.weight")
-        has_line = weight is not None and weight.bias
-        if has_line and name.endswith(".bias"):
-            continue  # a part of its weight's line
+        if _is_in_weights_line(name, lines):
+            continue
         star, layer = _layer_of(line.name, stacks)
-        grouped[replace(line, name=star)].append(layer)
+        layerless = replace(line, name=star)
+        grouped[layerless].append(layer)
     yield from _merged(grouped, count)
+
+
+def _is_in_weights_line(name: str, lines: Mapping[str, Line]) -> bool:
+    """Check for a bias that is a part of its weight's line."""
+    if not name.endswith(".bias"):
+        return False
+    weight = lines.get(f"{module_of(name)}.weight")
+    return weight is not None and weight.bias
 
 
 def _line(draft: Draft, name: str, twin: str, config: Config, shapes: Shapes) -> Line:
@@ -169,7 +183,8 @@ def _line(draft: Draft, name: str, twin: str, config: Config, shapes: Shapes) ->
     is_weight = name.endswith(".weight")
     module = module_of(name)
     bias = shapes.get(f"{module}.bias") if is_weight else None
-    if is_weight and seen.norm and not _is_number(axes[0]):
+    is_norm = is_weight and seen.norm is not None
+    if is_norm and not _is_number(axes[0]):
         has_bias = bias == shape
         return _norm_line(draft, seen, module, axes[0], has_bias=has_bias)
     reads_once = seen.reads.count(True) == 1
@@ -178,11 +193,7 @@ def _line(draft: Draft, name: str, twin: str, config: Config, shapes: Shapes) ->
     if is_matrix and has_sides:
         transposed = seen.indexed or seen.reads[0]  # stored (in, out)
         out, into = reversed(axes) if transposed else axes
-        scaled_embeddings = draft.choices.embeddings == "scaled"
-        if scaled_embeddings and seen.parameter == draft.embedding:
-            power = EMBEDDING_SCALE
-        else:
-            power = _power(draft, seen.parameter, axes)
+        power = _power(draft, seen.parameter, axes)
         width = shape[1] if transposed else shape[0]
         has_bias = bias == (width,)
         return Line(module, "linear", out, into, transposed=transposed, bias=has_bias, scaled=power)
@@ -215,14 +226,20 @@ def _read(axis: Axis) -> Axis:
 
 
 def _power(draft: Draft, parameter: str, axes: Sequence[Axis]) -> float:
-    """Look up the power of the hidden size by which a matrix is multiplied, where its module shows one.
+    """Look up the power of the hidden size by which a matrix is multiplied: that of an embedding, or of the
+    module, where it shows one.
 
     The matrix reads the stream and writes something else, or it reads a latent vector.
     """
-    module = module_of(parameter).rpartition(".")[0]
+    scaled_embeddings = draft.choices.embeddings == "scaled"
+    if scaled_embeddings and parameter == draft.embedding:
+        return EMBEDDING_SCALE
+    path = module_of(parameter)
+    module, _, _ = path.rpartition(".")
     buffers, attributes = draft.axes.powers
     power: float | None = None
-    leaves_stream = axes[1] == RESIDUAL != axes[0]
+    first, second = axes
+    leaves_stream = second == RESIDUAL != first
     if leaves_stream and VOCAB not in axes:
         power = buffers.get(module)
     elif LATENT.search(parameter):
@@ -245,8 +262,7 @@ def _filled(draft: Draft, template: Axis, length: int, name: str, config: Config
     number, rest = divmod(length - least, step)
     if rest or number < 1:
         raise Unfit(
-            f"{name}: an axis of {length} is no multiple of {more - least} above {least} as {str(axis)!r} "
-            "says"
+            f"{name}: an axis of {length} is no multiple of {step} above {least} as {str(axis)!r} says"
         )
     filling = Space(str(number))
     return replaced(axis, lambda space: filling if space == OPEN else space)
@@ -279,8 +295,7 @@ def _sizes(draft: Draft, config: Config) -> dict[str, int]:
         all_heads = int(config[mixer.heads])
         groups = mixer.count(config)
         sizes[mixer.heads] = all_heads // groups
-        dim = int(config[mixer.dim])
-        sizes[mixer.dim] = dim
+        sizes[mixer.dim] = int(config[mixer.dim])
     return sizes
 
 
@@ -332,8 +347,8 @@ def _numberless(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
 
 
-def _stacks(names: Iterable[str], count: int) -> set[str]:
-    """Find the prefixes of lists with one entry per layer."""
+def _stacks(by_text: Iterable[str], names: Iterable[str], count: int) -> set[str]:
+    """Find the prefixes of lists with one entry per layer, among them one that text goes through."""
     numbers: dict[str, set[int]] = defaultdict(set)
     for name in names:
         match = re.match(r"(.*?\.)(\d+)\.", name)
@@ -341,7 +356,8 @@ def _stacks(names: Iterable[str], count: int) -> set[str]:
             number = int(match[2])
             numbers[match[1]].add(number)
     every_layer = set(range(count))
-    return {prefix for prefix, present in numbers.items() if present == every_layer}
+    lists = [prefix for prefix, present in numbers.items() if present == every_layer]
+    return {prefix for prefix in lists if any(name.startswith(prefix) for name in by_text)}
 
 
 def _layer_of(name: str, stacks: set[str]) -> tuple[str, int | None]:

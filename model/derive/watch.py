@@ -96,47 +96,65 @@ def sightings(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Sightin
     """
     scramble(model)
     places = _places(model)
-    with computing_in("float64"):
-        pictured = with_picture(model, tokens)
     watch = _Watch(model)
-    with torch.no_grad():
-        try:
-            with computing_in("float64"), _hooks(model, watch), watch:
-                model(input_ids=tokens, use_cache=False)
-                by_text = set(watch.touched)
-                if pictured is not None:
-                    model(**pictured, use_cache=False)
-        except Exception as fault:  # the library's classes raise every kind
-            raise Unfit(
-                f"the model does not run on token ids alone in float64 ({in_one_line(fault)})"
-            ) from None
+    by_text = _run(model, tokens, watch)
     norms = _norms(model, watch)
     seen = {}
     for name, place in places.items():
         parameter = place.parameter
         contracted = watch.contracted[parameter]
+        used = parameter in watch.touched
         reads = tuple(axis is not None and axis in contracted for axis in place.axes)
-        if parameter not in watch.touched:
+        if not used:
             reads = _by_class(model, parameter, reads)
-        norm, offset, role = norms.get(parameter, (None, 0.0, ""))
+        norm = norms.get(parameter, _NO_NORM)
         seen[name] = Sighting(
             shape=place.shape,
             parameter=parameter,
             reads=reads,
             indexed=parameter in watch.indexed,
-            used=parameter in watch.touched,
+            used=used,
             by_text=parameter in by_text,
-            norm=norm,
-            offset=offset,
-            role=role,
+            norm=norm.kind,
+            offset=norm.offset,
+            role=norm.role,
         )
     # counters and masks
     for name, tensor in stored(model).items():
         if name not in seen:
-            unread = (False,) * tensor.ndim
-            shape = tuple(tensor.shape)
-            seen[name] = Sighting(shape, name, unread, indexed=False, used=True)
+            seen[name] = _unread(name, tensor)
     return seen
+
+
+def _run(model: PreTrainedModel, tokens: torch.Tensor, watch: _Watch) -> set[str]:
+    """Watch a forward pass on tokens, and one on a picture where the model takes one.
+
+    Returns:
+        The parameters that tokens alone touched.
+
+    Raises:
+        Unfit: the model does not run on token ids alone.
+    """
+    with computing_in("float64"):
+        pictured = with_picture(model, tokens)
+    in_float64 = computing_in("float64")
+    try:
+        with torch.no_grad(), in_float64, _hooks(model, watch), watch:
+            model(input_ids=tokens, use_cache=False)
+            by_text = set(watch.touched)
+            if pictured is not None:
+                model(**pictured, use_cache=False)
+    except Exception as fault:  # the library's classes raise every kind
+        reason = in_one_line(fault)
+        raise Unfit(f"the model does not run on token ids alone in float64 ({reason})") from None
+    return by_text
+
+
+def _unread(name: str, tensor: torch.Tensor) -> Sighting:
+    """Describe a stored tensor that no operation sums over."""
+    shape = tuple(tensor.shape)
+    unread = (False,) * tensor.ndim
+    return Sighting(shape, name, unread, indexed=False, used=True)
 
 
 def uses(model: PreTrainedModel, tokens: torch.Tensor) -> Uses:
@@ -144,10 +162,11 @@ def uses(model: PreTrainedModel, tokens: torch.Tensor) -> Uses:
     watch = _Watch(model)
     with torch.no_grad(), computing_in("float64"), watch:
         model(input_ids=tokens, use_cache=False)
+    touched = frozenset(watch.touched)
     contracted = {name: frozenset(axes) for name, axes in watch.contracted.items()}
     indexed = frozenset(watch.indexed)
     convolved = frozenset(watch.convolved)
-    return Uses(frozenset(watch.touched), contracted, indexed, convolved)
+    return Uses(touched, contracted, indexed, convolved)
 
 
 def _by_class(model: PreTrainedModel, parameter: str, reads: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -155,12 +174,14 @@ def _by_class(model: PreTrainedModel, parameter: str, reads: tuple[bool, ...]) -
 
     Cross-attention without an encoder, for one.
     """
-    module = model.get_submodule(parameter.rpartition(".")[0])
+    path, _, own_name = parameter.rpartition(".")
     is_matrix = len(reads) == 2
-    if not is_matrix or not parameter.endswith(".weight"):
+    if not is_matrix or own_name != "weight":
         return reads
+    module = model.get_submodule(path)
+    class_name = type(module).__name__
     by_class = {"Linear": (False, True), "Conv1D": (True, False)}
-    return by_class.get(type(module).__name__, reads)
+    return by_class.get(class_name, reads)
 
 
 class _Watch(TorchDispatchMode):
@@ -176,16 +197,14 @@ class _Watch(TorchDispatchMode):
         self.outputs: dict[str, torch.Tensor] = {}
         self._alive: list[torch.Tensor] = []  # so that no storage is reused
         self._axes: dict[int, _Stored] = {}  # by storage
-        parameters = (*model.named_parameters(), *model.named_buffers())
-        for name, parameter in parameters:
+        for name, parameter in _parameters_and_buffers(model):
             strides = enumerate(parameter.stride())
             axes = {stride: axis for axis, stride in strides}
             self._follow(parameter, name, axes)
 
     def _follow(self, tensor: torch.Tensor, name: str, axes: dict[int, int]) -> None:
         self._alive.append(tensor)
-        storage = tensor.untyped_storage().data_ptr()
-        self._axes.setdefault(storage, (name, axes))
+        self._axes.setdefault(_storage(tensor), (name, axes))
 
     def axes_of(self, tensor: Any) -> tuple[str, list[int | None]] | None:
         """Look up (parameter, its axis for each dim of `tensor`), where `tensor` is a view or a plain copy of
@@ -193,7 +212,7 @@ class _Watch(TorchDispatchMode):
         """
         if not isinstance(tensor, torch.Tensor):
             return None
-        known = self._axes.get(tensor.untyped_storage().data_ptr())
+        known = self._axes.get(_storage(tensor))
         if known is None:
             return None
         name, axes = known
@@ -201,7 +220,8 @@ class _Watch(TorchDispatchMode):
         return name, [axes.get(stride) if length > 1 else None for stride, length in sizes]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        named = kwargs or {}
+        out = func(*args, **named)
         packet = func.overloadpacket
         # Every parameter among the arguments: position → (name, its axis for each dim).
         known = {}
@@ -210,16 +230,22 @@ class _Watch(TorchDispatchMode):
             if side is not None:
                 known[position] = side
         self.touched.update(name for name, _ in known.values())
-        for position, dim in CONTRACTIONS.get(packet, ()):
+        contracted = CONTRACTIONS.get(packet, ())
+        for position, dim in contracted:
             self._contract(known.get(position), dim)
-        if packet is aten.convolution and 1 in known:
-            self.convolved.add(known[1][0])
-            self._contract(known[1], 1)
-        if packet is aten.embedding and 0 in known:
-            self.indexed.add(known[0][0])
-        is_copy = packet in COPIES and 0 in known
+        first = known.get(0)
+        second = known.get(1)
+        if packet is aten.convolution and second is not None:
+            kernel, _ = second
+            self.convolved.add(kernel)
+            self._contract(second, 1)
+        if first is None:
+            return out
+        name, dims = first
+        if packet is aten.embedding:
+            self.indexed.add(name)
+        is_copy = packet in COPIES
         if is_copy and isinstance(out, torch.Tensor):
-            name, dims = known[0]
             strides = zip(out.stride(), dims, strict=True)
             axes = {stride: axis for stride, axis in strides if axis is not None}
             self._follow(out, name, axes)
@@ -235,49 +261,81 @@ class _Watch(TorchDispatchMode):
             self.contracted[parameter].add(axis)
 
 
+def _storage(tensor: torch.Tensor) -> int:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr()
+
+
+def _parameters_and_buffers(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    parameters = model.named_parameters()
+    buffers = model.named_buffers()
+    return [*parameters, *buffers]
+
+
 def _hooks(model: PreTrainedModel, watch: _Watch) -> ExitStack:
     """Keep the inputs and outputs of every module that owns parameters, as long as the stack is open."""
     stack = ExitStack()
     for name, module in model.named_modules():
-        if not list(module.parameters(recurse=False)):
+        own = list(module.parameters(recurse=False))
+        if not own:
             continue
 
         def keep(_: Any, inputs: Any, out: Any, name: str = name) -> None:
-            if inputs and isinstance(inputs[0], torch.Tensor):
-                watch.inputs.append((name, inputs[0]))
+            first = inputs[0] if inputs else None
+            if isinstance(first, torch.Tensor):
+                watch.inputs.append((name, first))
             if isinstance(out, torch.Tensor):
                 watch.outputs[name] = out
 
-        stack.callback(module.register_forward_hook(keep).remove)
+        hook = module.register_forward_hook(keep)
+        stack.callback(hook.remove)
     return stack
 
 
-def _norms(model: PreTrainedModel, watch: _Watch) -> dict[str, tuple[str, float, str]]:
-    """Find every module that behaves as a norm over its last axis: parameter → (kind, offset, role)."""
+@dataclass(frozen=True)
+class _Norm:
+    """The norm that a parameter is the scale or the shift of; the fields are those of `Sighting`."""
+
+    kind: str | None
+    offset: float
+    role: str
+
+
+_NO_NORM = _Norm(None, 0.0, "")
+
+
+def _norms(model: PreTrainedModel, watch: _Watch) -> dict[str, _Norm]:
+    """Find the parameters of every module that behaves as a norm over its last axis."""
     modules = dict(model.named_modules())
     matrices = {name for name, module in modules.items() if _has_matrix(module)}
     head = model.get_output_embeddings()
     heads = {name for name, module in modules.items() if module is head}
+    read = [(reader, entries) for reader, entries in watch.inputs if reader in matrices]
     norms = {}
-    for name, module in modules.items():
-        weight = getattr(module, "weight", None)
-        has_run = name in watch.outputs
-        if not has_run or not isinstance(weight, torch.Tensor):
-            continue
-        if weight.ndim != 1 or list(module.children()):
-            continue
-        behaviour = _behaviour(module, weight)
+    for name, out in watch.outputs.items():
+        module = modules[name]
+        behaviour = _behaviour_of(module)
         if behaviour is None:
             continue
-        out = watch.outputs[name]
-        read = [(reader, entries) for reader, entries in watch.inputs if reader in matrices]
         readers = {reader for reader, entries in read if _same(entries, out)}
         role = "norm" if readers else "post norm"
         if readers & heads:
             role = "final norm"
+        norm = _Norm(*behaviour, role)
         for part, _ in module.named_parameters(recurse=False):
-            norms[f"{name}.{part}"] = (*behaviour, role)
+            norms[f"{name}.{part}"] = norm
     return norms
+
+
+def _behaviour_of(module: torch.nn.Module) -> tuple[str, float] | None:
+    """Test whether a module with a vector of weights and no modules of its own is a norm (`_behaviour`)."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 1:
+        return None
+    children = list(module.children())
+    if children:
+        return None
+    return _behaviour(module, weight)
 
 
 def _has_matrix(module: torch.nn.Module) -> bool:
@@ -290,21 +348,23 @@ def _behaviour(module: torch.nn.Module, weight: torch.Tensor) -> tuple[str, floa
     numbers = torch.Generator().manual_seed(0)
     width = len(weight)
     inputs = torch.randn(3, width, generator=numbers, dtype=torch.float64)
+    stored_weight = weight.data
     try:
         out = module(inputs)
         doubled = module(2 * inputs)
         shifted = module(inputs + 5)
-        kept = weight.detach().clone()
-        weight.data.zero_()
+        kept = stored_weight.clone()
+        stored_weight.zero_()
         unscaled = module(inputs)
-        weight.data.copy_(kept)
+        stored_weight.copy_(kept)
     except Exception:  # a module that takes more than one tensor is no plain norm
         return None
     # A norm gives the same for twice the input, and is no plain product with its weight.
     same_for_double = torch.allclose(out, doubled, rtol=1e-2, atol=1e-2)
     if not same_for_double:
         return None
-    if torch.allclose(out, inputs * weight, rtol=1e-3):
+    product = inputs * weight
+    if torch.allclose(out, product, rtol=1e-3):
         return None
     bias = getattr(module, "bias", None)
     nothing = torch.zeros_like(unscaled)
@@ -319,7 +379,8 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Check that two tensors hold the same entries, in rows of the same length."""
     length = one.shape[-1]
     same_rows = length == other.shape[-1]
-    if not same_rows or one.numel() != other.numel():
+    same_size = one.numel() == other.numel()
+    if not (same_rows and same_size):
         return False
     return torch.equal(one.flatten(), other.flatten())
 
@@ -341,34 +402,51 @@ def _places(model: PreTrainedModel) -> dict[str, _Place]:
     Every parameter is painted with its own number plus the coordinate along one axis; what the library then
     would save shows where parameter and axis went, through whatever it splits, joins, transposes and renames.
     """
-    named = (*model.named_parameters(), *model.named_buffers())
-    saved = {tensor.data_ptr() for tensor in model.state_dict().values()}
-    paintable = [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
-    state = {name: tensor for name, tensor in paintable if tensor.data_ptr() in saved}
+    state = _saved(model)
     names = list(state)
-    kept = {name: tensor.detach().clone() for name, tensor in state.items()}
+    tensors = list(state.values())
+    kept = [tensor.detach().clone() for tensor in tensors]
     places: dict[str, _Place] = {}
-    most_axes = max(tensor.ndim for tensor in state.values())
+    most_axes = max(tensor.ndim for tensor in tensors)
     for axis in range(most_axes):
-        for number, tensor in enumerate(state.values()):
-            paint = number * PAINT + _coordinate(tensor, axis)
-            numbered = torch.zeros_like(tensor) + paint
-            tensor.data.copy_(numbered)
+        for number, tensor in enumerate(tensors):
+            _paint(tensor, number, axis)
         for name, painted in stored(model).items():
-            if not painted.is_floating_point() or painted.numel() == 0:
+            has_paint = painted.is_floating_point() and painted.numel() > 0
+            if not has_paint:
                 continue
-            first_entry = painted.flatten()[0].item()
-            number = int(first_entry // PAINT)
-            most = len(names) - 1
-            parameter = names[min(number, most)]
+            number = _painted_number(painted, len(names))
             unknown_axes: list[int | None] = [None] * painted.ndim
-            unknown = _Place(tuple(painted.shape), parameter, unknown_axes)
+            shape = tuple(painted.shape)
+            unknown = _Place(shape, names[number], unknown_axes)
             place = places.setdefault(name, unknown)
             for dim in _varying(painted):
                 place.axes[dim] = axis
-    for name, tensor in kept.items():
-        state[name].data.copy_(tensor)
+    for tensor, values in zip(tensors, kept, strict=True):
+        tensor.data.copy_(values)
     return places
+
+
+def _saved(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Collect the parameters and buffers that a file would hold, of floating-point numbers."""
+    saved = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    named = _parameters_and_buffers(model)
+    paintable = [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
+    return {name: tensor for name, tensor in paintable if tensor.data_ptr() in saved}
+
+
+def _paint(tensor: torch.Tensor, number: int, axis: int) -> None:
+    """Write into every entry of a tensor the tensor's number and the entry's place along one axis."""
+    paint = number * PAINT + _coordinate(tensor, axis)
+    numbered = torch.zeros_like(tensor) + paint
+    tensor.data.copy_(numbered)
+
+
+def _painted_number(painted: torch.Tensor, count: int) -> int:
+    """Read the number of the tensor that was painted, of `count`, off its first entry."""
+    first_entry = painted.flatten()[0]
+    number = int(first_entry.item() // PAINT)
+    return min(number, count - 1)
 
 
 def _coordinate(tensor: torch.Tensor, axis: int) -> torch.Tensor | int:
