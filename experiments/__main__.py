@@ -215,8 +215,8 @@ def _horizons(options: argparse.Namespace) -> int:
 
 
 def _frontier(options: argparse.Namespace) -> int:
+    from outgrow.experiments.ends import RECORD
     from outgrow.experiments.frontier_report import write
-    from outgrow.experiments.horizons import RECORD
 
     records = {name: str(folder / RECORD) for name, folder in studies().items()}
     inputs = [records.get(name, name) for name in options.runs]
@@ -299,7 +299,8 @@ def compare_costs(done: Done, *, wandb: bool) -> None:
 
 
 def _select(options: argparse.Namespace) -> int:
-    from outgrow.experiments.selection import question, select
+    from outgrow.experiments.halving import question
+    from outgrow.experiments.selection import select
     from outgrow.experiments.selection_report import RECORD, table, write
     from outgrow.experiments.study import RunFailed
 

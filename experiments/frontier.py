@@ -21,7 +21,8 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from outgrow.experiments.cost import best_of
-from outgrow.experiments.horizons import BaselineCurve, End
+from outgrow.experiments.ends import End
+from outgrow.experiments.horizons import BaselineCurve
 from outgrow.model.base.errors import UserError
 
 if TYPE_CHECKING:

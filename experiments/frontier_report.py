@@ -9,6 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outgrow.experiments.ends import End
 from outgrow.experiments.figure import GRID, INK
 from outgrow.experiments.frontier import (
     ArmWorth,
@@ -25,7 +26,6 @@ from outgrow.experiments.frontier import (
     worth_of_arms,
 )
 from outgrow.experiments.horizon_report import read_inputs
-from outgrow.experiments.horizons import End
 from outgrow.experiments.publish import Writer, write_together
 from outgrow.experiments.table import amount, markdown_table
 

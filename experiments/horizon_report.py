@@ -10,19 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outgrow.experiments.ends import RECORD, End, end_of, read_ends, write_ends
 from outgrow.experiments.horizon_answer import answer, seed_numbers, speedup_text
 from outgrow.experiments.horizon_picture import draw
-from outgrow.experiments.horizons import (
-    RECORD,
-    End,
-    Point,
-    SeedWorth,
-    Worth,
-    end_of,
-    read_ends,
-    worths,
-    write_ends,
-)
+from outgrow.experiments.horizons import Point, SeedWorth, Worth, worths
 from outgrow.experiments.publish import Writer, mirror, write_together
 from outgrow.experiments.recovery import EPSILON, Recovery, recoveries
 from outgrow.experiments.report import Page, render

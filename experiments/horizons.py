@@ -14,161 +14,16 @@ that has not decayed is never held against one that has.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from operator import attrgetter
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from outgrow.experiments.cost import best_of, half_interval, interpolate
-from outgrow.experiments.grown_run import Growth, read_growth
-from outgrow.experiments.runs import RUN_AGAIN, SCRATCH, Run
+from outgrow.experiments.ends import End, check_alike
+from outgrow.experiments.runs import SCRATCH
 from outgrow.model.base.errors import UserError
-from outgrow.train.machine.regime import multiplied
-from outgrow.train.run.folder import METRICS
-
-RECORD = "ends.json"  # the small record of a study's runs: what every table and picture is made of
-OPTIONAL = ("growth", "active")  # left out of the record where an end has none
-
-
-@dataclass(frozen=True)
-class End:
-    """The decayed end of one run.
-
-    FLOPs count from its very beginning, the trunk included; the source's stand apart.
-    """
-
-    name: str
-    arm: str
-    optimizer: str
-    learning_rate: float
-    batch_tokens: int
-    seed: int
-    parameters: int  # in matrices and the head: an embedding table multiplies nothing
-    tokens: int
-    flops: float
-    source_flops: float
-    val_loss: float
-    eval_tokens: int
-    device: str
-    data: str  # fingerprint of the text
-    growth: Growth | None = None  # inside the run, if it grew on its way
-    active: int | None = None  # of the parameters, in a mixture of experts: those that each token meets
-
-    @property
-    def tokens_per_parameter(self) -> float:
-        """Tokens per parameter that a token meets, all of them but in a mixture of experts."""
-        return self.tokens / (self.active or self.parameters)
-
-    @property
-    def paid(self) -> float:
-        """FLOPs with the source's training included."""
-        return self.flops + self.source_flops
-
-
-def end_of(run: Run) -> End:
-    """The end of a complete run.
-
-    Raises:
-        UserError: it has not decayed, or its source's cost is unknown.
-    """
-    schedule = run.record.settings["schedule"]
-    decays = schedule["name"] == "wsd" and schedule.get("decay_fraction")
-    if not decays or schedule["floor"] != 0.0:
-        raise UserError(
-            f"{run.folder}: its learning rate does not decay to zero, so its end is no end of a horizon "
-            "(schedule=wsd)",
-        )
-    if run.source_flops is None:
-        raise UserError(f"{run.folder}: nobody counted the FLOPs of its source; give source_tokens")
-    record = run.record
-    is_sparse = record.active < record.parameters
-    return End(
-        name=run.name,
-        arm=run.arm,
-        optimizer=str(run.record.setting("optimizer.name")),
-        learning_rate=run.learning_rate,
-        batch_tokens=int(run.record.setting("train.batch_tokens")),
-        seed=run.seed,
-        parameters=multiplied(record.target_config, record.parameters),
-        tokens=run.summary.tokens,
-        flops=run.summary.flops + run.operator_flops,
-        source_flops=run.source_flops,
-        val_loss=run.summary.final_val_loss,
-        eval_tokens=int(run.record.setting("train.eval_tokens")),
-        device=str(run.record.device),
-        data=run.record.data.fingerprint,
-        growth=read_growth(run.folder / METRICS, RUN_AGAIN),
-        active=multiplied(record.target_config, record.active) if is_sparse else None,
-    )
-
-
-def check_alike(ends: Sequence[End]) -> None:
-    """Refuse ends that were not measured on the same text, or lack an arm that a headline needs.
-
-    Raises:
-        UserError: naming what differs, and what is missing.
-    """
-    faults = text_faults(ends)
-    arms = {end.arm for end in ends}
-    if SCRATCH not in arms:
-        faults.append(
-            f"no {SCRATCH} arm: there is no curve to hold the others against; run growth=scratch at two "
-            "horizons or more",
-        )
-    faults += batch_faults(ends)
-    if SCRATCH in arms and lacks_control(ends):
-        faults.append(
-            "no control: every arm has as many parameters as scratch, so nothing tells a bigger network from "
-            "one that was only trained longer; run the small network alone too (growth=scratch with the "
-            "small target)",
-        )
-    UserError.collect(faults)
-
-
-def text_faults(ends: Sequence[End]) -> list[str]:
-    """List how the texts of the ends differ."""
-    faults = []
-    for key in ("data", "eval_tokens"):
-        values = {str(getattr(end, key)) for end in ends}
-        count = len(values)
-        if count > 1:
-            short = [value[:12] for value in sorted(values)]
-            beginnings = ", ".join(short)
-            faults.append(f"{key}: {count} different ones ({beginnings}); compare runs on one text only")
-    return faults
-
-
-def batch_faults(ends: Sequence[End]) -> list[str]:
-    """List the arms with batches of a size that scratch was not given: it would be a baseline untuned."""
-    scratch = {end.batch_tokens for end in ends if end.arm == SCRATCH}
-    others: dict[str, set[int]] = defaultdict(set)
-    for end in ends:
-        if scratch and end.batch_tokens not in scratch:
-            others[end.arm].add(end.batch_tokens)
-    of_scratch = _listed(scratch)
-    return [
-        f"{arm}: batches of {_listed(sizes)} tokens, {SCRATCH}'s are of {of_scratch}; run {SCRATCH} with "
-        f"train.batch_tokens={min(sizes)} too"
-        for arm, sizes in others.items()
-    ]
-
-
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(numbers)))
-
-
-def lacks_control(ends: Sequence[End]) -> bool:
-    """Check whether arms grew, and the small network was not trained on beside them."""
-    largest = max(end.parameters for end in ends)
-    has_small = any(end.parameters < largest for end in ends)
-    grown = {end.arm for end in ends if end.parameters == largest} - {SCRATCH}
-    return bool(grown) and not has_small
-
 
 # ---- the best rate of each arm at each horizon -------------------------------------------------------------
 
@@ -234,15 +89,17 @@ def _best_point(ends: Sequence[End]) -> Point:
     rate, batch = best_key
     rates = [tried for tried, size in grid if size == batch]
     edges = {min(rates), max(rates)}
+    few_rates = len(rates) < 3
     best = grid[best_key]
+    first = best[0]
     return Point(
-        arm=best[0].arm,
-        optimizer=best[0].optimizer,
-        tokens=best[0].tokens,
+        arm=first.arm,
+        optimizer=first.optimizer,
+        tokens=first.tokens,
         learning_rate=rate,
         batch_tokens=batch,
         ends=tuple(best),
-        at_edge=len(rates) < 3 or rate in edges,
+        at_edge=few_rates or rate in edges,
     )
 
 
@@ -294,6 +151,20 @@ class BaselineCurve:
         if not least <= flops <= most:
             return None
         return interpolate(math.log(flops), self.log_flops, self.losses)
+
+    def speedup(self, loss: float, flops: float) -> float | None:
+        """S of a loss that was reached for `flops`; None outside of what was measured."""
+        scratch_flops = self.cost_of(loss)
+        if scratch_flops is None:
+            return None
+        return scratch_flops / flops
+
+    def difference(self, loss: float, flops: float) -> float | None:
+        """A loss minus scratch's for the same `flops`, in nats; None outside of what was measured."""
+        scratch_loss = self.loss_at(flops)
+        if scratch_loss is None:
+            return None
+        return loss - scratch_loss
 
     @property
     def log_flops(self) -> list[float]:
@@ -400,17 +271,16 @@ def worths(ends: Sequence[End], against: Callable[[Point], bool] = lambda point:
 
 def _worth(point: Point, scratch: Sequence[Point]) -> Worth:
     curve = curve_of(scratch)
-    scratch_flops = curve.cost_of(point.val_loss)
-    scratch_loss = curve.loss_at(point.paid)
+    loss = point.val_loss
     seeds = tuple(_seed_worth(end, scratch) for end in point.ends)
     return Worth(
         point,
-        speedup_excluded=None if scratch_flops is None else scratch_flops / point.flops,
-        speedup_included=None if scratch_flops is None else scratch_flops / point.paid,
-        bound_excluded=curve.bound_of(point.val_loss, point.flops),
-        bound_included=curve.bound_of(point.val_loss, point.paid),
+        speedup_excluded=curve.speedup(loss, point.flops),
+        speedup_included=curve.speedup(loss, point.paid),
+        bound_excluded=curve.bound_of(loss, point.flops),
+        bound_included=curve.bound_of(loss, point.paid),
         interval_included=_interval(seed.speedup for seed in seeds),
-        difference=None if scratch_loss is None else point.val_loss - scratch_loss,
+        difference=curve.difference(loss, point.paid),
         difference_interval=_interval(seed.difference for seed in seeds),
         seeds=seeds,
     )
@@ -418,17 +288,13 @@ def _worth(point: Point, scratch: Sequence[Point]) -> Worth:
 
 def _seed_worth(end: End, points: Sequence[Point]) -> SeedWorth:
     """One end against the curve of its own seed through scratch's `points`."""
+    loss = end.val_loss
     curve = curve_of_seed(points, end.seed)
     if curve is None:
-        return SeedWorth(end.seed, end.val_loss, None, None)
-    scratch_flops = curve.cost_of(end.val_loss)
-    scratch_loss = curve.loss_at(end.paid)
-    return SeedWorth(
-        end.seed,
-        end.val_loss,
-        speedup=None if scratch_flops is None else scratch_flops / end.paid,
-        difference=None if scratch_loss is None else end.val_loss - scratch_loss,
-    )
+        return SeedWorth(end.seed, loss, None, None)
+    speedup = curve.speedup(loss, end.paid)
+    difference = curve.difference(loss, end.paid)
+    return SeedWorth(end.seed, loss, speedup, difference)
 
 
 def _interval(values: Iterable[float | None]) -> float | None:
@@ -439,42 +305,3 @@ def _interval(values: Iterable[float | None]) -> float | None:
             return None
         known.append(value)
     return half_interval(known)
-
-
-# ---- the record --------------------------------------------------------------------------------------------
-
-
-def write_ends(path: Path, ends: Iterable[End]) -> None:
-    """The ends as JSON, sorted, so that a study's record changes by what was added."""
-    order = attrgetter("arm", "optimizer", "tokens", "name")
-    ordered = sorted(ends, key=order)
-    rows = list(map(asdict, ordered))
-    for row in rows:
-        for key in OPTIONAL:
-            if row[key] is None:
-                del row[key]
-    text = json.dumps(rows, indent=1)
-    path.write_text(f"{text}\n", encoding="utf-8")
-
-
-def read_ends(path: Path) -> list[End]:
-    """The ends that `write_ends` wrote.
-
-    Raises:
-        UserError: the file is something else.
-    """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return [_end(row) for row in rows]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path}: not a record of runs ({error}); expected what `outgrow horizons` writes",
-        ) from error
-
-
-def _end(row: Mapping[str, Any]) -> End:
-    names = [field.name for field in fields(End) if field.name not in OPTIONAL]
-    values = {name: row[name] for name in names}
-    grown = row.get("growth")
-    growth = None if grown is None else Growth(**grown)
-    return End(**values, growth=growth, active=row.get("active"))

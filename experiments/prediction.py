@@ -21,9 +21,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from outgrow.experiments.ends import RECORD as ENDS
+from outgrow.experiments.ends import End, check_alike, read_ends
 from outgrow.experiments.horizon_report import markdown_table, millions, read_inputs
-from outgrow.experiments.horizons import RECORD as ENDS
-from outgrow.experiments.horizons import End, Point, Worth, best_points, check_alike, read_ends, worths
+from outgrow.experiments.horizons import Point, Worth, best_points, worths
 from outgrow.experiments.recovery import EPSILON, MixingTime, recoveries
 from outgrow.experiments.runs import SCRATCH
 from outgrow.model.base.errors import UserError

@@ -19,17 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from outgrow.experiments.cost import half_interval, undecided
+from outgrow.experiments.ends import RECORD, End, text_faults, write_ends
 from outgrow.experiments.horizon_report import markdown_table, millions, read_inputs
-from outgrow.experiments.horizons import (
-    RECORD,
-    BaselineCurve,
-    End,
-    best_points,
-    curve_of_seed,
-    envelope,
-    text_faults,
-    write_ends,
-)
+from outgrow.experiments.horizons import BaselineCurve, best_points, curve_of_seed, envelope
 from outgrow.experiments.publish import Writer, write_together
 from outgrow.experiments.runs import SCRATCH
 from outgrow.experiments.table import write_csv

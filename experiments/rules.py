@@ -10,8 +10,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from outgrow.experiments.cost import LEAST_SEEDS
+from outgrow.experiments.ends import End
 from outgrow.experiments.frontier import LEAST_BUDGETS, LEAST_SIZES, flat_points
-from outgrow.experiments.horizons import End, Horizon, best_points
+from outgrow.experiments.horizons import Horizon, best_points
 from outgrow.experiments.runs import NULL_CONTROL, SCRATCH
 from outgrow.experiments.study_file import load_study, studies
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 from outgrow.experiments.cost import half_interval
-from outgrow.experiments.selection import Rung, Selection
+from outgrow.experiments.standings import Rung, Selection
 from outgrow.model.base.files import write_json, write_text
 
 TABLE, RECORD, LEDGER = "table.md", "selection.json", "ledger.json"

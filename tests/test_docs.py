@@ -24,8 +24,9 @@ import yaml
 import outgrow.model.family
 import outgrow.model.notation
 from helpers.models import TINY
+from outgrow.experiments.ends import RECORD, read_ends
 from outgrow.experiments.horizon_answer import answer
-from outgrow.experiments.horizons import RECORD, read_ends, worths
+from outgrow.experiments.horizons import worths
 from outgrow.experiments.table import check_table
 from outgrow.growth import grow, plan
 from outgrow.growth.__main__ import GrowthLeaf
@@ -173,7 +174,8 @@ def check_experiments(command: str, arguments: list[str]) -> None:
 
 def check_select(arguments: list[str]) -> None:
     from outgrow.experiments.__main__ import parser
-    from outgrow.experiments.selection import jobs_of, question
+    from outgrow.experiments.halving import question
+    from outgrow.experiments.selection import jobs_of
 
     options = parser().parse_args(["select", *arguments])
     asked = question(options.study, options.words)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from outgrow.experiments.__main__ import main
+from outgrow.experiments.ends import End, write_ends
 from outgrow.experiments.frontier import (
     Law,
     best_sizes,
@@ -21,7 +22,6 @@ from outgrow.experiments.frontier import (
     worth_of_arms,
 )
 from outgrow.experiments.grown_run import Growth
-from outgrow.experiments.horizons import End, write_ends
 from outgrow.model.base.errors import UserError
 from outgrow.train.machine.forecast import tell
 from outgrow.train.settings import compose

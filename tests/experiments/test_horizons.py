@@ -14,19 +14,11 @@ import pytest
 import wandb
 
 from outgrow.experiments.__main__ import main
+from outgrow.experiments.ends import RECORD, End, read_ends, write_ends
 from outgrow.experiments.horizon_answer import answer
 from outgrow.experiments.horizon_picture import build
 from outgrow.experiments.horizon_report import markdown, table, write
-from outgrow.experiments.horizons import (
-    RECORD,
-    BaselineCurve,
-    End,
-    baseline,
-    best_points,
-    read_ends,
-    worths,
-    write_ends,
-)
+from outgrow.experiments.horizons import BaselineCurve, baseline, best_points, worths
 from outgrow.experiments.study_file import HERE
 from outgrow.experiments.table import check_table
 from outgrow.model.base.errors import UserError

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from outgrow.experiments.__main__ import main
+from outgrow.experiments.ends import End, write_ends
 from outgrow.experiments.grown_run import Growth
-from outgrow.experiments.horizons import End, write_ends
 from outgrow.experiments.prediction import RECORD, predict, read_prediction
 from outgrow.model.base.errors import UserError
 

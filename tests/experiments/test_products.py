@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from outgrow.experiments.__main__ import main
-from outgrow.experiments.horizons import End, write_ends
+from outgrow.experiments.ends import End, write_ends
 from outgrow.experiments.products import answer, families, markdown
 from outgrow.model.base.errors import UserError
 

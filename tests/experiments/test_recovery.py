@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from helpers.runs import fabricate
+from outgrow.experiments.ends import End, end_of, read_ends, write_ends
 from outgrow.experiments.grown_run import Growth, MetricsRow, read_growth, tokens_until_back
 from outgrow.experiments.horizon_report import RECOVERY_HEADINGS, markdown, recovery_cells
-from outgrow.experiments.horizons import End, best_points, end_of, read_ends, worths, write_ends
+from outgrow.experiments.horizons import best_points, worths
 from outgrow.experiments.recovery import MixingTime, mixing_time, recoveries
 from outgrow.experiments.runs import read_runs
 from outgrow.model.base.errors import UserError

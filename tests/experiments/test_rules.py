@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from outgrow.experiments.ends import End, write_ends
 from outgrow.experiments.grown_run import Growth
 from outgrow.experiments.horizon_report import write
-from outgrow.experiments.horizons import End, write_ends
 from outgrow.experiments.rules import unheld, unrun
 from outgrow.experiments.study_file import load_study
 

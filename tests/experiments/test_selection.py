@@ -14,20 +14,10 @@ from scipy.stats import spearmanr
 from helpers.toy import TARGET, toy_overrides
 from outgrow.experiments import study
 from outgrow.experiments.__main__ import main
-from outgrow.experiments.selection import (
-    Candidate,
-    Halving,
-    Rung,
-    Selection,
-    Standing,
-    jobs_of,
-    question,
-    rank_correlation,
-    ranked,
-    select,
-    ties,
-)
+from outgrow.experiments.halving import Candidate, Halving, question
+from outgrow.experiments.selection import jobs_of, select
 from outgrow.experiments.selection_report import table
+from outgrow.experiments.standings import Rung, Selection, Standing, rank_correlation, ranked, ties
 from outgrow.model.base.errors import Diverged, UserError
 from outgrow.train.loop import train_horizons
 

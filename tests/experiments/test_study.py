@@ -15,8 +15,9 @@ import pytest
 from helpers.runs import record_of
 from outgrow.experiments import study_file as definition
 from outgrow.experiments.cost import Curve, cost, mean_curve
+from outgrow.experiments.ends import RECORD, read_ends
 from outgrow.experiments.horizon_report import markdown
-from outgrow.experiments.horizons import RECORD, read_ends, worths
+from outgrow.experiments.horizons import worths
 from outgrow.experiments.progress import Display, position
 from outgrow.experiments.study import RunFailed, check_control, complete, run_jobs, run_study
 from outgrow.experiments.study_file import (

@@ -10,7 +10,7 @@ import pytest
 from helpers.toy_study import toy_study
 from outgrow.experiments import study as study_module
 from outgrow.experiments.__main__ import main
-from outgrow.experiments.horizons import read_ends
+from outgrow.experiments.ends import read_ends
 from outgrow.experiments.study_file import load_study
 
 FITTED = ["growth.tokens=512", "growth.window=64"]

@@ -1,0 +1,200 @@
+"""The decayed ends of runs: what each came to, which may be compared, and a study's record of them."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from outgrow.experiments.grown_run import Growth, read_growth
+from outgrow.experiments.runs import RUN_AGAIN, SCRATCH, Run
+from outgrow.model.base.errors import UserError
+from outgrow.train.machine.regime import multiplied
+from outgrow.train.run.folder import METRICS
+
+RECORD = "ends.json"  # the small record of a study's runs: what every table and picture is made of
+OPTIONAL = ("growth", "active")  # left out of the record where an end has none
+
+
+@dataclass(frozen=True)
+class End:
+    """The decayed end of one run.
+
+    FLOPs count from its very beginning, the trunk included; the source's stand apart.
+    """
+
+    name: str
+    arm: str
+    optimizer: str
+    learning_rate: float
+    batch_tokens: int
+    seed: int
+    parameters: int  # in matrices and the head: an embedding table multiplies nothing
+    tokens: int
+    flops: float
+    source_flops: float
+    val_loss: float
+    eval_tokens: int
+    device: str
+    data: str  # fingerprint of the text
+    growth: Growth | None = None  # inside the run, if it grew on its way
+    active: int | None = None  # of the parameters, in a mixture of experts: those that each token meets
+
+    @property
+    def tokens_per_parameter(self) -> float:
+        """Tokens per parameter that a token meets, all of them but in a mixture of experts."""
+        return self.tokens / (self.active or self.parameters)
+
+    @property
+    def paid(self) -> float:
+        """FLOPs with the source's training included."""
+        return self.flops + self.source_flops
+
+
+def end_of(run: Run) -> End:
+    """The end of a complete run.
+
+    Raises:
+        UserError: it has not decayed, or its source's cost is unknown.
+    """
+    record = run.record
+    schedule = record.settings["schedule"]
+    is_wsd = schedule["name"] == "wsd"
+    decays = is_wsd and schedule.get("decay_fraction")
+    if not decays or schedule["floor"] != 0.0:
+        raise UserError(
+            f"{run.folder}: its learning rate does not decay to zero, so its end is no end of a horizon "
+            "(schedule=wsd)",
+        )
+    if run.source_flops is None:
+        raise UserError(f"{run.folder}: nobody counted the FLOPs of its source; give source_tokens")
+    summary = run.summary
+    config = record.target_config
+    is_sparse = record.active < record.parameters
+    active = multiplied(config, record.active) if is_sparse else None
+    return End(
+        name=run.name,
+        arm=run.arm,
+        optimizer=str(record.setting("optimizer.name")),
+        learning_rate=run.learning_rate,
+        batch_tokens=int(record.setting("train.batch_tokens")),
+        seed=run.seed,
+        parameters=multiplied(config, record.parameters),
+        tokens=summary.tokens,
+        flops=summary.flops + run.operator_flops,
+        source_flops=run.source_flops,
+        val_loss=summary.final_val_loss,
+        eval_tokens=int(record.setting("train.eval_tokens")),
+        device=str(record.device),
+        data=record.data.fingerprint,
+        growth=read_growth(run.folder / METRICS, RUN_AGAIN),
+        active=active,
+    )
+
+
+def check_alike(ends: Sequence[End]) -> None:
+    """Refuse ends that were not measured on the same text, or lack an arm that a headline needs.
+
+    Raises:
+        UserError: naming what differs, and what is missing.
+    """
+    faults = text_faults(ends)
+    arms = {end.arm for end in ends}
+    if SCRATCH not in arms:
+        faults.append(
+            f"no {SCRATCH} arm: there is no curve to hold the others against; run growth=scratch at two "
+            "horizons or more",
+        )
+    faults += batch_faults(ends)
+    if SCRATCH in arms and lacks_control(ends):
+        faults.append(
+            "no control: every arm has as many parameters as scratch, so nothing tells a bigger network from "
+            "one that was only trained longer; run the small network alone too (growth=scratch with the "
+            "small target)",
+        )
+    UserError.collect(faults)
+
+
+def text_faults(ends: Sequence[End]) -> list[str]:
+    """List how the texts of the ends differ."""
+    faults = []
+    for key in ("data", "eval_tokens"):
+        values = {str(getattr(end, key)) for end in ends}
+        count = len(values)
+        if count > 1:
+            short = [value[:12] for value in sorted(values)]
+            beginnings = ", ".join(short)
+            faults.append(f"{key}: {count} different ones ({beginnings}); compare runs on one text only")
+    return faults
+
+
+def batch_faults(ends: Sequence[End]) -> list[str]:
+    """List the arms with batches of a size that scratch was not given: it would be a baseline untuned."""
+    scratch = {end.batch_tokens for end in ends if end.arm == SCRATCH}
+    others: dict[str, set[int]] = defaultdict(set)
+    for end in ends:
+        if scratch and end.batch_tokens not in scratch:
+            others[end.arm].add(end.batch_tokens)
+    of_scratch = _listed(scratch)
+    return [
+        f"{arm}: batches of {_listed(sizes)} tokens, {SCRATCH}'s are of {of_scratch}; run {SCRATCH} with "
+        f"train.batch_tokens={min(sizes)} too"
+        for arm, sizes in others.items()
+    ]
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
+
+
+def lacks_control(ends: Sequence[End]) -> bool:
+    """Check whether arms grew, and the small network was not trained on beside them."""
+    largest = max(end.parameters for end in ends)
+    has_small = any(end.parameters < largest for end in ends)
+    grown = {end.arm for end in ends if end.parameters == largest} - {SCRATCH}
+    return bool(grown) and not has_small
+
+
+def write_ends(path: Path, ends: Iterable[End]) -> None:
+    """The ends as JSON, sorted, so that a study's record changes by what was added."""
+    order = attrgetter("arm", "optimizer", "tokens", "name")
+    ordered = sorted(ends, key=order)
+    rows = list(map(_row, ordered))
+    text = json.dumps(rows, indent=1)
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _row(end: End) -> dict[str, Any]:
+    row = asdict(end)
+    for key in OPTIONAL:
+        if row[key] is None:
+            del row[key]
+    return row
+
+
+def read_ends(path: Path) -> list[End]:
+    """The ends that `write_ends` wrote.
+
+    Raises:
+        UserError: the file is something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = json.loads(text)
+        return [_end(row) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: not a record of runs ({error}); expected what `outgrow horizons` writes",
+        ) from error
+
+
+def _end(row: Mapping[str, Any]) -> End:
+    names = [field.name for field in fields(End) if field.name not in OPTIONAL]
+    values = {name: row[name] for name in names}
+    grown = row.get("growth")
+    growth = None if grown is None else Growth(**grown)
+    return End(**values, growth=growth, active=row.get("active"))
