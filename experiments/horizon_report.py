@@ -105,12 +105,19 @@ def write(inputs: Sequence[str], out: Path, *, wandb: bool = False) -> list[str]
 def read_inputs(inputs: Sequence[str]) -> tuple[list[Run], dict[str, End], list[LeftOut]]:
     """The runs among `inputs`, all ends by name, those of records too, and the folders that are left out.
 
+    Where some runs have horizons, those without are left out: the wildcard that gathers horizons gathers a
+    source, or an arm with such a name, too.
+
     Raises:
         UserError: a folder is no run, a record is damaged, or an end has not decayed.
     """
     records = [name for name in inputs if name.endswith(".json")]
     folders = [name for name in inputs if name not in records]
-    runs, left_out = read_runs(folders) if folders else ([], [])
+    given, left_out = read_runs(folders) if folders else ([], [])
+    of_horizons = [run for run in given if run.record.setting("schedule.horizons")]
+    runs = of_horizons or given
+    passed_over = [run for run in given if run not in runs]
+    left_out += [LeftOut(run.folder, "no horizon: its schedule.horizons is empty") for run in passed_over]
     ends: list[End] = []
     for record in records:
         ends += read_ends(Path(record))

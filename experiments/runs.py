@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 
 from outgrow.experiments.cost import Curve
@@ -201,6 +202,9 @@ def read_run(folder: Path) -> Run | LeftOut:
     curve = _read_curve(folder / "metrics.jsonl")
     if not all(map(math.isfinite, curve.losses)):
         return LeftOut(folder, "diverged: its validation loss is not finite")
+    summary = Summary.read(folder / "summary.json", RUN_AGAIN)
+    if summary.metrics not in (None, sha256((folder / "metrics.jsonl").read_bytes()).hexdigest()):
+        raise UserError(f"{folder / 'metrics.jsonl'}: it is not what it was when the run ended; {RUN_AGAIN}")
     run = Run(
         folder=folder,
         study=record.study,
@@ -209,7 +213,7 @@ def read_run(folder: Path) -> Run | LeftOut:
         learning_rate=_learning_rate(folder, record),
         curve=curve,
         record=record,
-        summary=Summary.read(folder / "summary.json", RUN_AGAIN),
+        summary=summary,
     )
     check_run(run)
     return run

@@ -19,6 +19,8 @@ from math import isclose
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from outgrow.model.base.atomic import whole
 from outgrow.model.base.errors import UserError, in_one_line, loading_faults, reading
 from outgrow.model.base.files import one_at_a_time
@@ -107,6 +109,34 @@ def _check(file: Path) -> None:
         )
 
 
+def _reader(file: Path) -> GGUFReader:
+    """Read the header of a GGUF file, which places each tensor in it.
+
+    Raises:
+        UserError: the file ends before its header or its last tensor does, or the header is damaged.
+    """
+    from gguf import GGUFReader
+
+    class Bounded(GGUFReader):
+        """Stops where the file ends: the package's reads nothing there, as often as a damaged count says."""
+
+        def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+            end = offset + np.dtype(dtype).itemsize * int(count)
+            if end > self.data.size:
+                raise ValueError(f"it tells of byte {end:,}")
+            return super()._get(offset, dtype, count, override_order)
+
+    try:
+        return Bounded(file)
+    except Exception as fault:  # the package raises every kind
+        size = file.stat().st_size
+        raise UserError(
+            f"{file}: its header does not describe the {size:,} bytes that are there "
+            f"({in_one_line(fault)}): it is cut off, damaged, or newer than the package gguf; download it "
+            "again, or update the package"
+        ) from None
+
+
 def _passed_over(reader: GGUFReader, model: Any) -> list[str]:
     """Faults of what a file holds and the library passes over without a word: a scaling of the rotary
     frequencies (Llama 3, YaRN, LongRoPE), how many dimensions rotate, and tensors beyond those of the model
@@ -184,11 +214,11 @@ def _set(config: Any, name: str, value: float) -> bool:
 def _unpack(file: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file into `folder` as plain safetensors."""
     import torch
-    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from outgrow.model.base.quiet import quietly
 
+    reader = _reader(file)
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     where["trust_remote_code"] = False
     plain = {
@@ -205,7 +235,6 @@ def _unpack(file: Path, folder: Path) -> None:
             f"{file}: transformers cannot read this GGUF file ({in_one_line(fault)}); {WAY}"
         ) from None
     model, report = loaded
-    reader = GGUFReader(file)
     faults = [*loading_faults(report), *_passed_over(reader, model)]
     UserError.collect(f"{file}: {fault}; {WAY}" for fault in faults)
     for note in _amend(reader, model.config):

@@ -6,10 +6,11 @@ train(compose(["experiment=tiny", "growth=lossless"]))   # → runs/tiny-lossles
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -44,7 +45,7 @@ from outgrow.train.run.horizons import branch_step, find_trunk, keep_stable, tak
 from outgrow.train.run.log import Console, open_log
 from outgrow.train.run.profile import profiling
 from outgrow.train.run.reading import cut_record, loss_warnings, rate_warnings, reading, tokenizer_warnings
-from outgrow.train.run.record import RunRecord, Summary, TextRecord
+from outgrow.train.run.record import RunRecord, Summary, TextRecord, signed
 from outgrow.train.run.samples import samples
 from outgrow.train.run.signals import Stopped, any_process, watched
 from outgrow.train.settings import Settings, horizon_runs, needs_source
@@ -168,7 +169,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         # ---- 4. A new run: its start on disk, then its record ----------------------------------------------
         if run is None:
             if main:
-                trunk = find_trunk(trunks, settings)
+                trunk = find_trunk(trunks, settings, console.say)
                 check_text(settings, stages[0], source, data)
                 if trunk is None:
                     start = begin(settings, stages[0], source, folder)
@@ -191,7 +192,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                 warnings += rate_warnings(settings, run.parameters)
                 for line in warnings:
                     console.say(line)
-                write_json(folder / run_folder.RUN, run.to_json())
+                write_json(folder / run_folder.RUN, signed(run.to_json()))
             accelerator.wait_for_everyone()
             run = run_folder.read_run(folder)
             assert run is not None
@@ -210,9 +211,9 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         if run.trunk is not None and main:
             begun = state.complete(checkpoints, tidy=True)
             if not begun:
-                take_over_trunk(folder, run.trunk)
+                take_over_trunk(folder, run.trunk, run.settings_hash)
         accelerator.wait_for_everyone()
-        saved = newest_intact(checkpoints, accelerator, console.say)
+        saved = newest_intact(checkpoints, accelerator, console.say, run.settings_hash)
         position = state.Position() if saved is None else state.peek(saved)
         metrics = folder / run_folder.METRICS
         if main and state.restore_metrics(metrics, saved):
@@ -256,7 +257,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                     tensors = objects.objective, objects.optimizer.optimizer
                     heartbeat = watching(signs(), process, processes, loop.hang_seconds)
                     averaged = objects.averaged
-                    checkpointing = saving(checkpoints, *tensors, accelerator, loop, newest, averaged)
+                    more = newest, averaged, run.settings_hash
+                    checkpointing = saving(checkpoints, *tensors, accelerator, loop, *more)
                     with heartbeat as alive, checkpointing as saver:
                         run_begins = resumed is None and stage.number == 0
                         if resumed is None:
@@ -339,8 +341,10 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                 adam = objects.adam() if keeps_adam else None
                 final = publish(folder, objects.network, weights, data, run, summary, adam, dtype)
                 write_samples(context, objects, "end", None if weights is None else final)
-                metrics_so_far(context)  # are on the disk before the summary says that they are complete
-                write_json(folder / run_folder.SUMMARY, summary.to_json())
+                # the metrics are on the disk before the summary says that they are complete
+                logged = metrics_so_far(context).encode()
+                ended = replace(summary, metrics=hashlib.sha256(logged).hexdigest())
+                write_json(folder / run_folder.SUMMARY, signed(ended.to_json()))
                 losses = f"{summary.start_val_loss:.4f} → {summary.final_val_loss:.4f}"
                 console.say(f"val loss {losses}: {folder}")
             accelerator.wait_for_everyone()

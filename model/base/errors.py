@@ -64,10 +64,17 @@ def reading(path: object) -> Iterator[None]:
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """The end of an error about an unknown `name`: its near matches, else everything that is known."""
     known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    if near:
-        return f"did you mean {' or '.join(map(repr, near))}?"
-    return f"known: {', '.join(known) or 'none'}"
+    return near_matches(name, known) or f"known: {', '.join(known) or 'none'}"
+
+
+def near_matches(name: object, known: Iterable[str]) -> str:
+    """A question after the known names that are near to `name`, in whatever case it is written; "" where none
+    is."""
+    by_small = {word.lower(): word for word in sorted(known)}
+    small = str(name).lower()
+    near = difflib.get_close_matches(small, by_small, n=3, cutoff=0.5)
+    words = [repr(by_small[word]) for word in near]
+    return f"did you mean {' or '.join(words)}?" if words else ""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:

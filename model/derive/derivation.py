@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from outgrow.model.base.errors import UserError, in_one_line
+from outgrow.model.base.errors import UserError, in_one_line, near_matches
 from outgrow.model.build import to_hf_config
 from outgrow.model.composite import flat
 from outgrow.model.derive.axes import Axes, Keys
@@ -42,13 +42,17 @@ def library_knows(config: Config) -> bool:
     """Check whether transformers has a causal language model of this config's type, alone or beside other
     towers.
     """
+    return config.get("model_type") in _causal_types()
+
+
+def _causal_types() -> set[str]:
+    """The model types of which transformers has a causal language model."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     )
 
-    name = config.get("model_type")
-    return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or name in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    return {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
 
 
 def derive(config: Config) -> Draft:
@@ -59,7 +63,9 @@ def derive(config: Config) -> Draft:
             as a tiny twin.
     """
     if not library_knows(config):
-        raise UserError("transformers has no causal language model of that type")
+        near = near_matches(config.get("model_type"), _causal_types())
+        question = f"; {near}" if near else ""
+        raise UserError(f"transformers has no causal language model of that type{question}")
     complete, attribute_map = _completed(config)
     keys = Keys.of(complete, attribute_map)
     depth = complete[keys.layers]

@@ -9,15 +9,17 @@ import math
 import re
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wandb
 
+from helpers.runs import fabricate
 from outgrow.experiments.__main__ import main
 from outgrow.experiments.ends import RECORD, End, read_ends, write_ends
 from outgrow.experiments.horizon_answer import answer
 from outgrow.experiments.horizon_picture import build
-from outgrow.experiments.horizon_report import markdown, table, write
+from outgrow.experiments.horizon_report import markdown, read_inputs, table, write
 from outgrow.experiments.horizons import BaselineCurve, baseline, best_points, worths
 from outgrow.experiments.study_file import HERE
 from outgrow.experiments.table import check_table
@@ -246,6 +248,28 @@ def test_a_record_gives_the_files_that_its_runs_gave(tmp_path: Path) -> None:
     write([str(tmp_path / "once" / "ends.json")], tmp_path / "twice")
     for name in ("table.md", "ends.json", "horizons.png", "horizons.csv"):
         assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
+
+
+def test_runs_without_horizons_that_the_same_wildcard_gathers_are_left_out(tmp_path: Path) -> None:
+    """`runs/st-*-t*` gathers an arm from the source `tiny` too, and a run of one budget alone."""
+    schedule: dict[str, object] = {"name": "wsd", "decay_fraction": 0.2, "floor": 0.0}
+
+    def run(folder: str, horizons: list[int], **more: object) -> Path:
+        own = {**schedule, "horizons": horizons, **more}
+        changes: dict[str, Any] = {"settings.schedule": own, "settings.optimizer.name": "adamw"}
+        changes |= {"settings.train.batch_tokens": 50, "folder": folder}
+        return fabricate(tmp_path, "scratch", [5.0, 4.0, 3.0], **changes)
+
+    ends = [run(f"st-scratch-s0-t{tokens}", [200, 400]) for tokens in (200, 400)]
+    others = [run("st-lossless-tiny-s0", []), run("st-lossless-transfer_x-s0", [], name="constant")]
+    runs, by_name, left_out = read_inputs(sorted(map(str, [*ends, *others])))
+    assert sorted(run.folder for run in runs) == ends
+    assert sorted(by_name) == [folder.name for folder in ends]
+    assert [left.note for left in left_out] == [
+        f"left out: {folder.name}, no horizon: its schedule.horizons is empty" for folder in others
+    ]
+    alone = read_inputs([str(others[0])])  # where none has horizons, each is the end of its budget
+    assert list(alone[1]) == [others[0].name]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,19 @@ def test_a_wrong_number_is_caught(tmp_path: Path, file: str, key: str, value: fl
         read_run(folder)
 
 
+def test_metrics_that_were_edited_after_the_end_are_refused(tmp_path: Path) -> None:
+    """A loss in the middle of the curve, which no other number contradicts, decides where an arm arrives."""
+    folder = fabricate(tmp_path, "scratch", [5.0, 4.0, 3.0])
+    metrics = folder / "metrics.jsonl"
+    summary = json.loads((folder / "summary.json").read_text())
+    digest = hashlib.sha256(metrics.read_bytes()).hexdigest()
+    (folder / "summary.json").write_text(json.dumps(summary | {"metrics": digest}))
+    assert isinstance(read_run(folder), Run)
+    metrics.write_text(metrics.read_text().replace("4.0", "2.0"))
+    with pytest.raises(UserError, match=r"metrics\.jsonl: it is not what it was when the run ended; .*again"):
+        read_run(folder)
+
+
 def test_the_flops_of_stages_and_teachers_are_held_against_the_curve(tmp_path: Path) -> None:
     """Two steps of 50 tokens at 3 FLOPs each, then 10: a run that grew on its way, or that was taught less
     and less."""
@@ -138,6 +152,7 @@ def test_what_lies_beside_runs_is_passed_over_with_one_line_each(tmp_path: Path)
         '"eval"',
         '{"kind": "eval"}',
         '{"kind": "eval", "val_loss": "x", "tokens": 1}',
+        f'{{"kind": "eval", "val_loss": 3, "tokens": {"9" * 400}, "flops": 1}}',
         "[" * 10_000,
     ],
 )

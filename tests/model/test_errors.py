@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from outgrow.model.base.errors import UserError, first_line, in_one_line, kind_and_line
+from outgrow.model.base.errors import UserError, did_you_mean, first_line, in_one_line, kind_and_line
+from outgrow.model.derive import derive
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,26 @@ def test_a_library_that_says_nothing_is_told_by_every_room(monkeypatch: Any, tmp
         read_adam(tmp_path, unread)
     with pytest.raises(UserError, match=r"cannot be loaded \(AssertionError\)"):
         load_tokenizer("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("LLAMA", "did you mean 'llama'?"),
+        ("Gpt2", "did you mean 'gpt2'?"),
+        ("lama", "did you mean 'llama'?"),
+        ("zzzz", "known: MixedCase, gpt2, llama"),
+        ("mixedcase", "did you mean 'MixedCase'?"),
+        (["llama"], "did you mean 'llama'?"),
+    ],
+)
+def test_near_matches_are_those_in_any_case(name: object, near: str) -> None:
+    assert did_you_mean(name, ["llama", "gpt2", "MixedCase"]) == near
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("LLAMA", "'llama'"), ("qwen_3", "'qwen3'"), ("BLOOM", "'bloom'")]
+)
+def test_a_model_type_that_the_library_does_not_know_has_its_near_matches(name: str, near: str) -> None:
+    with pytest.raises(UserError, match=rf"no causal language model of that type; did you mean .*{near}"):
+        derive({"model_type": name})

@@ -95,6 +95,7 @@ def write_gguf(
     writer.add_vocab_size(96)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(WORDS)
+    writer.add_token_scores([0.0] * len(WORDS))
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(94)
     writer.add_eos_token_id(95)
@@ -276,11 +277,8 @@ def test_what_is_no_gguf_or_of_an_unknown_architecture_is_one_error(
         match=r"strange\.gguf: transformers cannot read this GGUF file \(.*nonsuch.*\); give the checkpoint",
     ):
         locate(strange)
-    (tmp_path / "cut.gguf").write_bytes(strange.read_bytes()[:500])
-    with pytest.raises(UserError, match=r"cut\.gguf: transformers cannot read this GGUF file"):
-        locate(tmp_path / "cut.gguf")
     with pytest.raises(
-        UserError, match=r"holds 3 GGUF files \(cut\.gguf, strange\.gguf, text\.gguf\); give one of them"
+        UserError, match=r"holds 2 GGUF files \(strange\.gguf, text\.gguf\); give one of them"
     ):
         locate(tmp_path)
     monkeypatch.setattr(outgrow.model.gguf, "find_spec", lambda name: None)
@@ -288,6 +286,38 @@ def test_what_is_no_gguf_or_of_an_unknown_architecture_is_one_error(
         UserError, match=r"needs the package gguf; install the extra: pip install -e '\.\[gguf\]'"
     ):
         locate(strange)
+
+
+DAMAGED = {
+    "cut in its counts": lambda data: data[:20],
+    "cut in its header": lambda data: data[:500],
+    "cut in its list of tokens": lambda data: data[: data.index(b"tokenizer.ggml.tokens") + 60],
+    "cut in its scores, which are numbers": lambda data: data[: data.index(b"tokenizer.ggml.scores") + 60],
+    "cut in its last tensor": lambda data: data[:-10],
+    "more entries than any has": lambda data: _with_count(data, 16),
+    "more tensors than any has": lambda data: _with_count(data, 8),
+    "more scores than any has": lambda data: _with_count(data, data.index(b"tokenizer.ggml.scores") + 29),
+    "zeros in its header": lambda data: data[:40] + bytes(200) + data[240:],
+    "a later version": lambda data: data[:4] + b"\x09\0\0\0" + data[8:],
+}
+
+
+def _with_count(data: bytes, place: int) -> bytes:
+    """A file whose count at a place has a bit flipped, its 40th."""
+    count = int.from_bytes(data[place : place + 8], "little") ^ (1 << 40)
+    return data[:place] + count.to_bytes(8, "little") + data[place + 8 :]
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_gguf_is_told_before_anything_is_unpacked(
+    damage: str, file: Path, tmp_path: Path, cache: Path
+) -> None:
+    data = DAMAGED[damage](file.read_bytes())
+    (tmp_path / "cut.gguf").write_bytes(data)
+    told = rf"cut\.gguf: its header does not describe the {len(data):,} bytes that are there .* download it again"
+    with pytest.raises(UserError, match=told):
+        locate(tmp_path / "cut.gguf")
+    assert not [path for path in cache.rglob("*") if path.name.endswith("safetensors")]
 
 
 def test_what_the_library_would_pass_over_is_refused(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:

@@ -101,10 +101,62 @@ def test_a_run_whose_trunk_is_gone_before_it_took_it_over_says_so(
     begun = tmp_path / horizons[1].name
     record = json.loads((begun / "run.json").read_text())
     record["trunk"]["folder"] = str(tmp_path / "gone")
+    del record["sha256"]
     shutil.rmtree(begun)
     begun.mkdir()
     (begun / "run.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="which is gone; delete the folder to train it from its beginning"):
+        train_horizons(placed(trunk, tmp_path))
+
+
+def half_lost(checkpoint: Path) -> None:
+    """Zeros where a disk has lost a block."""
+    shard = next(checkpoint.glob("*.safetensors"))
+    size = shard.stat().st_size
+    data = shard.read_bytes()[: size // 2] + bytes(size - size // 2)
+    shard.unlink()  # it may be a hard link
+    shard.write_bytes(data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damaged", [[1], [0, 1]])
+def test_a_damaged_trunk_is_told_and_a_shorter_one_or_none_is_taken(
+    trunk: Settings,
+    horizons: list[Path],
+    tmp_path: Path,
+    damaged: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for folder in horizons[:2]:
+        shutil.copytree(folder, tmp_path / folder.name)
+    for number in damaged:
+        kept = stable_checkpoint(tmp_path / horizons[number].name)
+        assert kept is not None
+        half_lost(kept)
+    asked = dataclasses.replace(placed(trunk, tmp_path), progress="lines")
+    longest = train_horizons(asked)[2]
+    assert capsys.readouterr().out.count("no trunk to go on from") == len(damaged)
+    taken = json.loads((longest / "run.json").read_text()).get("trunk")
+    assert (taken and taken["step"]) == (3 if damaged == [1] else None)
+    assert_same_run(longest, horizons[2])
+
+
+def test_a_trunk_that_is_damaged_before_it_was_taken_over_is_told(
+    trunk: Settings, horizons: list[Path], tmp_path: Path
+) -> None:
+    shutil.copytree(horizons[0], tmp_path / horizons[0].name)
+    record = json.loads((horizons[1] / "run.json").read_text())
+    record["trunk"]["folder"] = str(tmp_path / horizons[0].name)
+    del record["sha256"]
+    begun = tmp_path / horizons[1].name
+    begun.mkdir()
+    (begun / "run.json").write_text(json.dumps(record))
+    kept = stable_checkpoint(tmp_path / horizons[0].name)
+    assert kept is not None
+    half_lost(kept)
+    with pytest.raises(
+        UserError, match=r"goes on from a state that is damaged .*; delete the folder to train"
+    ):
         train_horizons(placed(trunk, tmp_path))
 
 

@@ -30,6 +30,7 @@ from outgrow.train.data.batches import batch, validation_batches
 from outgrow.train.evaluate import evaluate
 from outgrow.train.loss import NextTokenLoss
 from outgrow.train.run import state
+from outgrow.train.run.record import signed
 from outgrow.train.settings import Settings, compose
 from outgrow.train.share import Share
 from outgrow.train.step import Step
@@ -343,9 +344,9 @@ def test_a_changed_text_is_refused(settings: Settings, tmp_path: Path, finished:
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run/summary.json").unlink()
     run = json.loads((tmp_path / "run/run.json").read_text())
-    (tmp_path / "run/run.json").write_text(
-        json.dumps(run | {"data": {"fingerprint": "another", "bytes_per_token": 1.0}})
-    )
+    del run["sha256"]
+    changed = signed(run | {"data": {"fingerprint": "another", "bytes_per_token": 1.0}})
+    (tmp_path / "run/run.json").write_text(json.dumps(changed))
     with pytest.raises(UserError, match="the data has changed since this run began"):
         loop.train(at(settings, tmp_path / "run"))
 

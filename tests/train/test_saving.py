@@ -4,6 +4,7 @@ stay."""
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -106,6 +107,25 @@ def test_the_newest_intact_checkpoint_is_taken_and_said_and_the_run_ends_as_ever
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     names = [path.name for path in state.complete(tmp_path / "run/checkpoints")]
     assert names == ["step-00000003", "step-00000004", "step-00000005"]  # the damaged ones count no more
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_run_is_set_aside_and_said(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One with the same sizes, of another seed, copied in by mistake as the newest."""
+    run = dataclasses.replace(at(settings, tmp_path / "run"), progress="lines")
+    other = dataclasses.replace(at(settings, tmp_path / "other", save_every_tokens=128), seed=1)
+    loop.train(at(settings, tmp_path / "whole"))
+    killed_at(6, run, monkeypatch)
+    killed_at(6, other, monkeypatch)
+    name = "step-00000005"
+    shutil.copytree(tmp_path / f"other/checkpoints/{name}", tmp_path / f"run/checkpoints/{name}")
+    loop.train(run)
+    said = capsys.readouterr().out
+    assert "it is of another run" in said
+    assert f"{name}.damaged is of no use, and the run goes on from step-00000003" in said
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_run_without_an_intact_checkpoint_does_not_begin_anew_unasked(

@@ -81,6 +81,29 @@ def test_samples_that_cannot_be_written_stop_nothing(
     assert_same_run(tmp_path / "run", finished)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{",
+        "{}",
+        '{"start": 5}',
+        '{"start": []}',
+        '{"start": {"step": 0}}',
+        '{"start": {"step": 0, "samples": 7}}',
+        '{"start": {"step": 0, "samples": [7]}}',
+        '{"start": {"step": null, "samples": [{"prompt": "a", "text": "b"}]}}',
+        '{"start": {"step": 0, "samples": [{"prompt": "a"}]}}',
+    ],
+)
+def test_samples_of_another_form_are_none_to_a_tracker(text: str, tmp_path: Path) -> None:
+    (tmp_path / "samples.json").write_text(text)
+    assert trackers._samples(tmp_path) == {}
+    whole = {"step": 0, "samples": [{"prompt": "a", "text": "b"}]}
+    (tmp_path / "samples.json").write_text(json.dumps({"start": whole | {"tokens": 0}, "end": whole}))
+    assert trackers._samples(tmp_path) == {"start": whole}
+
+
 # ---- console -----------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from outgrow.train.machine.device import peak_flops
 from outgrow.train.optimizer import build_optimizer
 from outgrow.train.run import folder, state
 from outgrow.train.run.clock import Meter
-from outgrow.train.run.record import RunRecord, Span
+from outgrow.train.run.record import RunRecord, Span, Summary, signed
 from outgrow.train.settings import OptimizerSettings, compose
 
 SETTINGS = OptimizerSettings(
@@ -158,6 +158,38 @@ def test_every_damage_to_the_record_of_a_checkpoint_is_found(
     damage(path / state.STATE)
     with pytest.raises(UserError, match=r"checkpoint .*step-00000001: cannot be loaded \(.+\)"):
         state.check(path)
+
+
+def test_a_checkpoint_of_another_run_is_none_of_this_one(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    path = state.place(tmp_path, 1)
+    held = state.tensors(model, trained(model))
+    state.write(path, asdict(state.Position(step=1)), held, run="aaa")
+    state.check(path, run="aaa")
+    with pytest.raises(UserError, match="it is of another run, with settings aaa, not bbb"):
+        state.check(path, run="bbb")
+    os.link(path / state.STATE, tmp_path / "kept.json")  # as the copy of a trunk is
+    state.adopt(path, "bbb")
+    state.check(path, run="bbb")
+    assert json.loads((tmp_path / "kept.json").read_text())["run"] == "aaa"
+    state.check(checkpoint(tmp_path, 2), run="bbb")  # an older one does not say
+
+
+def test_a_record_tells_what_was_edited_or_damaged_in_it(tmp_path: Path) -> None:
+    record = signed({"name": "x", "loss": math.nan, "sizes": (1, 2)})
+    assert record["loss"] is None
+    write_json(tmp_path / "summary.json", signed(summary_of(3.0)))
+    assert Summary.read(tmp_path / "summary.json", "").final_val_loss == 3.0
+    edited = (tmp_path / "summary.json").read_text().replace("3.0", "2.0")
+    (tmp_path / "summary.json").write_text(edited)
+    with pytest.raises(UserError, match=r"summary\.json: it was edited or damaged after .*; run it again"):
+        Summary.read(tmp_path / "summary.json", "run it again")
+    write_json(tmp_path / "older.json", summary_of(2.0))
+    assert Summary.read(tmp_path / "older.json", "").final_val_loss == 2.0
+
+
+def summary_of(loss: float) -> dict[str, Any]:
+    return Summary(5.0, loss, 1.5, tokens=100, flops=1e3).to_json()
 
 
 def test_several_processes_read_every_file_of_a_checkpoint_once(tmp_path: Path) -> None:

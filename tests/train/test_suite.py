@@ -189,6 +189,20 @@ def test_a_local_tasks_score_is_what_pytorch_gives(tmp_path: Path, network: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["humaneval", "mbpp"])
+def test_leave_to_run_code_is_asked_for_before_any_data(name: str) -> None:
+    """Their data are on the hub, which the tests cannot reach."""
+    pytest.importorskip("lm_eval")
+    from outgrow.train.suite.harness import Harness
+
+    harness, asked = Harness(), [BenchmarkTask(name, "g", 0, "pass_at_1")]
+    with pytest.raises(UserError, match=rf"^task {name}: it runs programs .* give run_code=true"):
+        harness.load(asked, run_code=False)
+    with pytest.raises(UserError, match=rf"^{name}: benchmarks whose data are on the Hugging Face hub"):
+        harness.load(asked, run_code=True)
+
+
+@pytest.mark.slow
 def test_all_that_needs_the_hub_is_told_in_one_line_when_there_is_no_network(tmp_path: Path) -> None:
     """The tests run with HF_HUB_OFFLINE=1."""
     pytest.importorskip("lm_eval")

@@ -29,6 +29,7 @@ class Saver:
     Args:
         newest: the step of the checkpoint that the run resumed from, if it did.
         averaged: the averaged weights, where there are any.
+        run: the hash of the run's settings, which its checkpoints tell.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Saver:
         settings: LoopSettings,
         newest: int | None,
         averaged: Mapping[str, Tensor] | None = None,
+        run: str | None = None,
     ) -> None:
         self.folder = folder
         self.objective = objective
@@ -48,6 +50,7 @@ class Saver:
         self.main = accelerator.is_main_process
         self.newest = newest
         self.averaged = averaged
+        self.run = run
         # A group of its own: the thread's messages must not get between those of the training, nor need a
         # GPU.
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
@@ -96,7 +99,7 @@ class Saver:
     def _write(self, position: Mapping[str, Any], held: Mapping[str, Tensor], metrics: str) -> None:
         try:
             path = state.place(self.folder, position["step"])
-            state.write(path, position, held, self.group, main=self.main, metrics=metrics)
+            state.write(path, position, held, self.group, main=self.main, metrics=metrics, run=self.run)
             if self.main:
                 state.drop_old(
                     self.folder,
@@ -121,19 +124,23 @@ def saving(*arguments: Any) -> Iterator[Saver]:
             saver.thread.join(LAST_WRITE_SECONDS)
 
 
-def newest_intact(folder: Path, accelerator: Accelerator, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint under `folder` whose bytes are those that were written.
+def newest_intact(
+    folder: Path, accelerator: Accelerator, say: Callable[[str], None], run: str | None = None
+) -> Path | None:
+    """The newest checkpoint under `folder` whose bytes are those that were written, by the run with settings
+    of that hash.
 
     None where there is no checkpoint.
 
-    Damaged ones that are newer are told and set aside. Every process has to ask, and all get the same answer.
+    Damaged ones that are newer, and another run's, are told and set aside. Every process has to ask, and all
+    get the same answer.
 
     Raises:
         UserError: there are checkpoints, and all of them are damaged.
     """
     faults: dict[Path, str] = {}
     for path in reversed(state.complete(folder, tidy=accelerator.is_main_process)):
-        fault = next(filter(None, gather_object([_fault(path, accelerator)])), None)
+        fault = next(filter(None, gather_object([_fault(path, accelerator, run)])), None)
         if fault is None:
             _set_aside(faults, path, accelerator, say)
             return path
@@ -147,9 +154,9 @@ def newest_intact(folder: Path, accelerator: Accelerator, say: Callable[[str], N
     return None
 
 
-def _fault(path: Path, accelerator: Accelerator) -> str | None:
+def _fault(path: Path, accelerator: Accelerator, run: str | None) -> str | None:
     try:
-        state.check(path, accelerator.process_index, accelerator.num_processes)
+        state.check(path, accelerator.process_index, accelerator.num_processes, run)
     except UserError as error:
         return str(error)
     return None

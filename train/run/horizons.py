@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from outgrow.model.base.errors import UserError
@@ -66,8 +66,10 @@ def stable_checkpoint(folder: Path) -> Path | None:
 # ---- taking it over ----------------------------------------------------------------------------------------
 
 
-def find_trunk(trunks: Sequence[Path], settings: Settings) -> Trunk | None:
-    """The longest trunk among `trunks` that a new run can go on from; None where there is none.
+def find_trunk(trunks: Sequence[Path], settings: Settings, say: Callable[[str], None]) -> Trunk | None:
+    """The longest intact trunk among `trunks` that a new run can go on from; None where there is none.
+
+    A damaged one is told and passed over: the run only begins earlier, and is the same to the bit.
 
     Raises:
         UserError: a trunk is another run than this one, apart from its budget.
@@ -80,7 +82,12 @@ def find_trunk(trunks: Sequence[Path], settings: Settings) -> Trunk | None:
         if record is None or kept is None:
             continue
         _check_trunk(folder, record, settings)
-        position = state.peek(kept)
+        try:
+            state.check(kept, run=record.settings_hash)
+            position = state.peek(kept)
+        except UserError as damage:
+            say(f"{damage}: no trunk to go on from")
+            continue
         if position.step <= last:
             usable.append((position, folder))
     if not usable:
@@ -111,14 +118,17 @@ def trunk_record(trunk: Trunk) -> RunRecord:
     return record
 
 
-def take_over_trunk(folder: Path, record: Trunk) -> None:
+def take_over_trunk(folder: Path, record: Trunk, run: str) -> None:
     """Put a new run where its trunk was when its decay began: metrics, samples, starts, and last the
     checkpoint.
 
     A kill in between leaves no checkpoint, so that the next start does all of it again.
 
+    Args:
+        run: the hash of the new run's settings.
+
     Raises:
-        UserError: the trunk has gone since the run began.
+        UserError: the trunk has gone or is damaged since the run began.
     """
     trunk = Path(record.folder)
     checkpoints = folder / run_folder.CHECKPOINTS
@@ -128,16 +138,25 @@ def take_over_trunk(folder: Path, record: Trunk) -> None:
             f"{folder}: it goes on from {kept}, which is gone; delete the folder to train it from its "
             "beginning",
         )
-    metrics = (trunk / run_folder.METRICS).read_text()
+    try:
+        state.check(kept)
+    except UserError as damage:
+        raise UserError(
+            f"{folder}: it goes on from a state that is damaged ({damage}); delete the folder to train it "
+            "from its beginning"
+        ) from None
+    metrics = (kept / run_folder.METRICS).read_text()
     write_text(folder / run_folder.METRICS, metrics)
     if (trunk / run_folder.SAMPLES).is_file():
-        write_text(folder / run_folder.SAMPLES, (trunk / run_folder.SAMPLES).read_text())
+        (folder / run_folder.SAMPLES).unlink(missing_ok=True)
+        _link(trunk / run_folder.SAMPLES, folder / run_folder.SAMPLES)
     for name in (run_folder.START, "stages"):
         if (trunk / name).is_dir() and not (folder / name).exists():
             with whole_folder(folder / name) as partial:
                 _copy(trunk / name, partial)
     with whole_folder(state.place(checkpoints, record.step)) as partial:
         _copy(kept, partial)
+        state.adopt(partial, run)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -150,7 +169,11 @@ def _copy(source: Path, target: Path) -> None:
             copy.mkdir(parents=True, exist_ok=True)
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path, copy)
-        except OSError:
-            shutil.copy2(path, copy)
+        _link(path, copy)
+
+
+def _link(path: Path, copy: Path) -> None:
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copy2(path, copy)

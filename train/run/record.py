@@ -6,12 +6,14 @@ metrics.jsonl  Evaluation     its rows of kind "eval", beside the clocks: one fo
 summary.json   Summary        what the run reached; written last, so that a run which has one is complete
 
 Entries that records got over time have defaults, and entries that are not known are ignored, so that older
-and newer folders stay readable.
+and newer folders stay readable. run.json and summary.json carry the SHA-256 of their own entries, and
+summary.json that of metrics.jsonl, so that what was edited or damaged is not believed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import typing
@@ -21,13 +23,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.files import read_object
+from outgrow.model.base.files import plain_json, read_object
 from outgrow.model.base.settings import read
-from outgrow.model.keys import only
+from outgrow.model.keys import only, without
 from outgrow.train.settings import Settings, settings_hash
 from outgrow.train.start.naming import arm_changes
 
 T = TypeVar("T")
+SIGNATURE = "sha256"  # of the other entries of a record
 
 
 # ---- run.json ----------------------------------------------------------------------------------------------
@@ -227,6 +230,7 @@ class Summary:
     skipped_steps: int = 0  # whose loss or gradient was not finite
     ema_val_loss: float | None = None  # of the averaged weights (EMA), where there are any
     ema_bits_per_byte: float | None = None
+    metrics: str | None = None  # SHA-256 of metrics.jsonl
 
     @property
     def of_average(self) -> Summary:
@@ -301,7 +305,7 @@ def read_rows(path: Path, way_out: str, parse: Callable[[Any], T | None]) -> lis
             if number == len(lines):
                 break
             raise UserError(f"{path}, line {number}: not a JSON object ({error}); {way_out}") from error
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number}: no row of a run's metrics ({error}); {way_out}",
             ) from error
@@ -329,10 +333,26 @@ def _evaluation(row: Any) -> LoggedEvaluation | None:
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
+def signed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a record as a JSON file holds them, with the hash by which `_read` knows them again."""
+    text = json.dumps(plain_json(record))
+    entries = json.loads(text)
+    return entries | {SIGNATURE: digest_of(entries)}
+
+
+def digest_of(entries: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON values, in whatever order they stand."""
+    text = json.dumps(entries, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _read(cls: type[T], path: Path, way_out: str) -> T:
     faults: list[str] = []
-    entries = _known(cls, read_object(path, way_out))
-    value = read(cls, entries, "", faults)
+    record = read_object(path, way_out)
+    entries = without(record, (SIGNATURE,))
+    if record.get(SIGNATURE, digest_of(entries)) != digest_of(entries):  # older records have none
+        raise UserError(f"{path}: it was edited or damaged after it was written; {way_out}")
+    value = read(cls, _known(cls, entries), "", faults)
     if value is None:
         raise UserError(f"{path}: {'; '.join(faults)}; {way_out}")
     return value

@@ -7,8 +7,8 @@ checkpoints/step-00000400/
                          torch.distributed.checkpoint, which puts the parts together again
     metrics.jsonl        the run's rows up to here: a resumed run's file begins as this one, whatever has
                          become of its own
-    state.json           step, clock and the open logging interval, readable, and size and SHA-256 of each
-                         file, its own record included
+    state.json           step, clock and the open logging interval, readable, the hash of its run's settings,
+                         and size and SHA-256 of each file, its own record included
 
 The text needs no state (batch i is a function of the seed and i), nor does the generator (it is seeded per
 step). Before a run goes on, the bytes of its newest checkpoint are held against these checksums; one that is
@@ -43,6 +43,7 @@ from outgrow.model.base.files import telling_disk_faults, whole_folder, write_js
 from outgrow.model.keys import without
 from outgrow.train.optimizer import set_learning_rate
 from outgrow.train.run.folder import METRICS
+from outgrow.train.run.record import SIGNATURE, digest_of, signed
 
 STATE, DAMAGED = "state.json", ".damaged"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -140,6 +141,7 @@ def write(
     *,
     main: bool = True,
     metrics: str = "",
+    run: str | None = None,
 ) -> None:
     """Write a checkpoint atomically: all of it or nothing.
 
@@ -151,6 +153,7 @@ def write(
         group: a gloo group of all processes; None for one process.
         main: true on the process that makes the folder.
         metrics: the rows of metrics.jsonl so far, on the process that makes the folder.
+        run: the hash of the run's settings.
 
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -165,9 +168,20 @@ def write(
         if main:
             write_text(partial / METRICS, metrics)
             digests[METRICS] = _digest(partial / METRICS)
-            record = {**position, "files": digests}
-            signed = record | {"sha256": _record_digest(record)}
-            write_json(partial / STATE, signed)
+            _sign(partial, {**position, "files": digests}, run)
+
+
+def _sign(path: Path, record: Mapping[str, Any], run: str | None) -> None:
+    """Write the record of a checkpoint, with its run's hash and its own."""
+    owned = {**record, "run": run}
+    write_json(path / STATE, signed(owned))
+
+
+def adopt(path: Path, run: str) -> None:
+    """Let the checkpoint at `path`, a copy of another run's, belong to a run; the other's keeps its own
+    record."""
+    record = _record(path)
+    _sign(path, without(record, (SIGNATURE, "run")), run)
 
 
 def _all_digests(partial: Path, group: Any) -> dict[str, dict[str, Any]]:
@@ -197,11 +211,6 @@ def _digest(file: Path) -> dict[str, Any]:
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256")
         return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _record_digest(record: Mapping[str, Any]) -> str:
-    text = json.dumps(record, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read(
@@ -237,7 +246,7 @@ def peek(path: Path) -> Position:
     with _telling_damage(path):
         record = _record(path)
         digests = record.pop("files")
-        del record["sha256"]
+        record = without(record, (SIGNATURE, "run"))
         sizes = {file.name: file.stat().st_size for file in _shards(path)}
         expected = {name: digest["bytes"] for name, digest in digests.items()}
         expected.pop(METRICS, None)
@@ -246,17 +255,24 @@ def peek(path: Path) -> Position:
         return Position(**record)
 
 
-def check(path: Path, process: int = 0, processes: int = 1) -> None:
+def check(path: Path, process: int = 0, processes: int = 1, run: str | None = None) -> None:
     """Read the checkpoint at `path` and hold it against its checksums.
 
     Of several processes, each reads its share of the files.
 
+    Args:
+        run: the hash of the settings of the run that it has to belong to, if any.
+
     Raises:
-        UserError: a file of it is missing or damaged.
+        UserError: a file of it is missing or damaged, or it is another run's.
     """
     peek(path)
     with _telling_damage(path):
-        files = sorted(_record(path)["files"].items())
+        record = _record(path)
+        owner = record.get("run")  # older checkpoints do not tell
+        if run is not None and owner not in (None, run):
+            raise ValueError(f"it is of another run, with settings {owner[:12]}, not {run[:12]}")
+        files = sorted(record["files"].items())
         for name, digest in files[process::processes]:
             if _digest(path / name) != digest:
                 raise ValueError(f"the bytes of {name} are not those that were written")
@@ -264,8 +280,8 @@ def check(path: Path, process: int = 0, processes: int = 1) -> None:
 
 def _record(path: Path) -> dict[str, Any]:
     record = json.loads((path / STATE).read_text())
-    unsigned = without(record, ("sha256",))
-    if record["sha256"] != _record_digest(unsigned):
+    unsigned = without(record, (SIGNATURE,))
+    if record[SIGNATURE] != digest_of(unsigned):
         raise ValueError(f"{STATE} is not what was written")
     return record
 

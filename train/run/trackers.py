@@ -179,11 +179,12 @@ def _catch_up(tracker: Tracker, folder: Path, rows: Iterable[Mapping[str, Any]])
 
 
 def _samples(folder: Path) -> dict[str, Any]:
-    """The samples of the run's start, if it has written any."""
+    """The samples of the run's start, if it has written any and they can be read."""
     try:
-        samples = json.loads((folder / SAMPLES).read_text())
-        return {when: written for when, written in samples.items() if when == "start"}
-    except (OSError, ValueError, AttributeError):
+        start = json.loads((folder / SAMPLES).read_text())["start"]
+        pairs = [{key: str(sample[key]) for key in ("prompt", "text")} for sample in start["samples"]]
+        return {"start": {"step": int(start["step"]), "samples": pairs}}
+    except (OSError, ValueError, TypeError, KeyError):
         return {}
 
 

@@ -130,6 +130,10 @@ class Harness:
                 f"task {task}: neither lm-evaluation-harness nor {self.tasks or 'a folder tasks=DIR'} has "
                 "one of this name"
             )
+        # before any data is asked for: without leave, a network that answers would help nothing
+        entry = manager.task_index.get(task)
+        if entry is not None and (entry.cfg or {}).get("unsafe_code"):
+            _check_leave(task, run_code)
         try:
             with _silent(), self._beside_its_files(task):
                 loaded = manager.load([task])
@@ -142,9 +146,8 @@ class Harness:
                 f"task {task}: its file or its data cannot be read ({in_one_line(fault)}); {way_out}"
             ) from fault
         parts = loaded["tasks"].values()
-        with running_code(run_code):
-            if any(getattr(part, "UNSAFE_CODE", False) for part in parts):
-                check_allowed(task)
+        if any(getattr(part, "UNSAFE_CODE", False) for part in parts):  # those of a group too
+            _check_leave(task, run_code)
         for part in parts:
             shots = part.get_config("num_fewshot")
             if asked.shots is not None and shots != 0:
@@ -176,6 +179,12 @@ class Harness:
         if task not in self.local or path is None:
             return contextlib.nullcontext()
         return contextlib.chdir(Path(path).parent)
+
+
+def _check_leave(task: str, run_code: bool) -> None:
+    """Refuse a benchmark that runs generated code without leave to."""
+    with running_code(run_code):
+        check_allowed(task)
 
 
 def _read(asked: BenchmarkTask, results: Any) -> Score:
