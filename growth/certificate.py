@@ -80,7 +80,14 @@ def _config(plan: Decision) -> Iterator[str]:
     source = _with_kinds(family, plan.source_config)
     target = _with_kinds(family, plan.target_config)
     every_key = source.keys() | target.keys()
-    keys = every_key - sizes - NEUTRAL
+    by_depth = family.scaled_by_depth(source, target)
+    for key, expected in by_depth.items():
+        if not isclose(float(target.get(key) or 0), expected, rel_tol=1e-9):
+            yield (
+                f"config {key}: {target.get(key)!r}, which with {layers.target} layers scales what each of "
+                f"them adds otherwise; {expected:.6g} would keep it"
+            )
+    keys = every_key - sizes - NEUTRAL - by_depth.keys()
     apart = {key for key in keys if key.endswith("_token_id") or "drop" in key}
     for key in sorted(keys - apart):
         before = source.get(key)

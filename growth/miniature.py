@@ -55,7 +55,20 @@ def miniature(draft: Draft, source: Config, target: Config, depth: str | Sequenc
     if adds_identity and target[layers] != source[layers]:
         own = int(tiny[layers])
         changes[layers] = own + 1
-    return changes
+    return changes | _divided(draft, changes)
+
+
+def _divided(draft: Draft, changes: Mapping[str, int]) -> dict[str, int]:
+    """A wider hidden size, where the tiny one stays and more heads no longer divide it, which some classes
+    insist on (Arcee, Llama), as they do in the target.
+    """
+    axes = draft.axes
+    heads = changes.get(axes.keys.heads or "", axes.heads)
+    stays = axes.keys.hidden not in changes
+    if not stays or axes.hidden % heads == 0 or axes.changed(changes) is not None:
+        return {}
+    wider = heads * (axes.hidden // heads + 1)
+    return dict.fromkeys(axes.stream_keys, wider)
 
 
 def scaled(tiny: int, before: int, after: int, multiple: int = 1) -> int:

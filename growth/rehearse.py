@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -38,6 +38,7 @@ from outgrow.model.derive import (
     whole_config,
     with_picture,
 )
+from outgrow.model.keys import HEAD_KEYS
 
 NOISE = 0.1  # of a lossless rehearsal, so that copies differ
 SAME = 2e-5  # of the largest logit: some library classes compute norms, routers and softmax in float32
@@ -56,6 +57,16 @@ class Rehearsal:
     draft: Draft
     changes: Mapping[str, int]
     error: float | None
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The largest |Δlogit| of a lossless growth, relative to the largest logit: at all positions, and at the
+    first, where attention has nothing to weigh.
+    """
+
+    all: float
+    first: float
 
 
 @dataclass
@@ -118,19 +129,35 @@ class Bench:
             raise Unfit(
                 f"{hidden} grows by whole factors alone, since no forward pass here goes through {untested}"
             )
-        reason, least = "", float("inf")
+        reason = ""
+        moved: list[Moved] = []
         for variant in variants(draft):
             try:
                 error = self._error(variant, changes, depth)
             except Unfit as fault:
                 reason = reason or str(fault)
                 continue
-            if error <= SAME:
-                return Rehearsal(variant, changes, error)
-            least = min(least, error)
-        if isfinite(least):
+            if error.all <= SAME:
+                return Rehearsal(variant, changes, error.all)
+            moved.append(error)
+        measured = [error for error in moved if isfinite(error.all)]
+        if measured:
+            least = min(error.all for error in measured)
             reason = f"the logits of a tiny random model move by {least:.2g} of the largest"
-        raise Unfit(_with_cause(draft, changes, reason))
+        told = _with_cause(draft, changes, reason, measured)
+        if told == reason and is_no_factor and self._grows_by_two(draft):
+            told = f"{reason}, and stay where {hidden} is doubled: in this family it grows by whole factors"
+        raise Unfit(told)
+
+    def _grows_by_two(self, draft: Draft) -> bool:
+        """Check whether twice the hidden size keeps the logits, with as many heads or twice as many."""
+        axes = draft.axes
+        for keys in (axes.stream_keys, axes.width_keys):
+            twice = axes.times(2, *keys)
+            with suppress(Unfit):
+                self.rehearse_lossless(draft, twice)
+                return True
+        return False
 
     def _likeliest(self, draft: Draft) -> Draft:
         """Find the variant that keeps the logits when there are more heads.
@@ -161,15 +188,15 @@ class Bench:
         self._logits_of(plan)
         return Rehearsal(draft, changes, None)
 
-    def _error(self, draft: Draft, changes: Mapping[str, int], depth: str) -> float:
+    def _error(self, draft: Draft, changes: Mapping[str, int], depth: str) -> Moved:
         """Measure how far a lossless growth moves the logits, relative to the largest."""
         plan = self._plan(draft, changes, depth, "lossless", NOISE, {})
         if not plan.certificate.lossless:
             raise Unfit("; ".join(plan.certificate.reasons))
         logits = self._logits_of(plan)
         pairs = zip(logits, self.logits, strict=True)
-        errors = [_relative_error(grown, source) for grown, source in pairs]
-        return float(torch.stack(errors).max())  # NaN where any is
+        errors = torch.stack([_relative_errors(grown, source) for grown, source in pairs])
+        return Moved(float(errors.max()), float(errors[:, 0].max()))  # NaN where any is
 
     def _plan(
         self,
@@ -200,10 +227,16 @@ class Bench:
         wanted = shapes(plan.target_config)
         changed = [name for name, shape in wanted.items() if planned.get(name) != shape]
         differing = sorted(changed)
+        further = [name for name in differing if name not in planned]
+        if further:
+            raise Unfit(
+                f"transformers' class has {names_of(further)} then, of which the source has nothing: with "
+                f"{', '.join(changes)} there are more tensors, not larger ones"
+            )
         if differing:
             name = differing[0]
             raise Unfit(
-                f"{name} would become {planned.get(name, 'none')} where transformers' class wants "
+                f"{name} would become {planned[name]} where transformers' class wants "
                 f"{wanted[name]}: how it follows {', '.join(changes)} was not recognised"
             )
         return plan
@@ -240,30 +273,47 @@ def bench(draft: Draft) -> Iterator[Bench]:
             yield Bench(draft, Path(folder), checkpoint, inputs, logits)
 
 
-def _with_cause(draft: Draft, changes: Mapping[str, int], reason: str) -> str:
-    """Name the numbers that the class computes from the hidden size, which no growth can set."""
+def _with_cause(draft: Draft, changes: Mapping[str, int], reason: str, moved: Sequence[Moved]) -> str:
+    """Name the numbers that the class computes from the hidden size or the layers, which no growth can set,
+    or heads that are not alike.
+    """
     axes = draft.axes
-    if not changes.keys() & set(axes.stream_keys):
-        return reason
-    hidden = axes.keys.hidden
+    keys = axes.keys
+    more_layers = keys.layers in changes and axes.computed_by_depth and not axes.by_depth
+    if more_layers:
+        return (
+            f"{reason}; {axes.computed_by_depth[0]}, which transformers computes from {keys.layers}, is in "
+            "no file"
+        )
     computed = axes.computed
     rounded = axes.rounded
-    if computed:
+    widens = bool(changes.keys() & set(axes.stream_keys))
+    if widens and computed:
         return (
-            f"{computed[0]} is in no file: transformers computes it from {hidden}, so a wider model's "
+            f"{computed[0]} is in no file: transformers computes it from {keys.hidden}, so a wider model's "
             f"would be another's ({reason})"
         )
-    if rounded:
-        return f"{reason}; {rounded[0]}, which transformers computes from {hidden}, is rounded to few digits"
+    if widens and rounded:
+        number = f"{rounded[0]}, which transformers computes from {keys.hidden}"
+        return f"{reason}; {number}, is rounded to few digits"
+    same_dims = not changes.keys() & {keys.head_dim, *HEAD_KEYS}
+    more_heads = keys.heads in changes and same_dims
+    if more_heads and any(error.first <= SAME for error in moved):
+        return (
+            f"{reason}, and those of a first token stay: how a head weighs earlier tokens depends on how "
+            f"many heads there are, as the slopes of ALiBi do, so {keys.heads} cannot grow losslessly"
+        )
     return reason
 
 
-def _relative_error(grown: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Compare logits (row, position, token) with those of the source, which may have fewer tokens."""
+def _relative_errors(grown: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Compare logits (row, position, token) with those of the source, which may have fewer tokens: the
+    largest difference at the first position, and at all.
+    """
     tokens = source.shape[-1]
-    kept = grown[..., :tokens]
-    difference = (kept - source).abs()
-    return difference.max() / source.abs().max()
+    difference = (grown[..., :tokens] - source).abs()
+    first = difference[:, 0].max()
+    return torch.stack([first, difference.max()]) / source.abs().max()
 
 
 def _logits(folder: Path, inputs: Sequence[Inputs]) -> list[torch.Tensor]:

@@ -239,6 +239,8 @@ def _derived(
         family = _family(draft, complete, shapes)
         grown = resolve_target(target, complete, family)
         UserError.collect(Growth(family, complete, grown).smaller)
+        layers = draft.axes.keys.layers
+        whole_config(grown | {layers: complete[layers]})  # whose lists of layers are still the source's
         head = _other_heads(draft, complete, grown)
         changes = miniature(draft, complete, grown, depth)
         before = family.sizes(complete)

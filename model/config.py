@@ -297,6 +297,7 @@ def _follow_sizes(config: dict[str, Any], overrides: Config, source: Config, fam
         followed_before = source.get(key) == source.get(size)
         if followed_before and key not in overrides:
             config[key] = config[size]
+    config |= without(family.scaled_by_depth(source, config), overrides)
     heads = family.field_name("num_attention_heads")
     kv = family.field_name("num_key_value_heads")
     # one key-value head per query head stays so

@@ -99,6 +99,8 @@ class Family:
         scaled_if: config switch without which attention logits are not scaled at all.
         pos_offset: learned positions stored beyond max_position_embeddings.
         follows: config field → the standard size that it repeats.
+        by_depth: config field → the power of the number of layers by which it has to move with them, where
+            the class computes what each layer adds from both (MiniCPM3's scale_depth).
         more: further spaces, each with the config field of its size and the factor on it.
         tied: True or False where the config's `tie_word_embeddings` does not decide whether the head is the
             embedding.
@@ -123,6 +125,7 @@ class Family:
     scaled_if: str | None = None
     pos_offset: int = 0
     follows: Mapping[str, str] = field(default_factory=dict)
+    by_depth: Mapping[str, float] = field(default_factory=dict)
     more: Mapping[str, _Size] = field(default_factory=dict)
     tied: bool | None = None
     small_writers: bool = False
@@ -131,6 +134,13 @@ class Family:
     layer_types: Callable[[Config], list[str]] | None = None
     also: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+
+    def scaled_by_depth(self, source: Config, target: Config) -> dict[str, float]:
+        """The values that the fields of `by_depth` have to have in a target of so many layers."""
+        layers = self.field_name("num_hidden_layers")
+        ratio = target[layers] / source[layers]
+        held = {key: source[key] for key in self.by_depth if source.get(key)}
+        return {key: value * ratio ** self.by_depth[key] for key, value in held.items()}
 
     @cached_property
     def lines(self) -> tuple[Line, ...]:

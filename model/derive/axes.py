@@ -24,6 +24,7 @@ from outgrow.model.keys import (
     LAYER_KEYS,
     QUERY_HEAD_KEYS,
     is_size,
+    only,
     repeats_hidden,
 )
 
@@ -132,21 +133,29 @@ class Axes:
         named = self.config.get(key)
         return 1 if self.multi_query else int(named or self.heads)
 
-    @property
+    @cached_property
     def multi_query(self) -> bool:
-        """Check whether a switch of the config says that all queries share one key-value head (MQA)."""
-        return self.config.get("multi_query") is True
+        """Check whether a switch of the config says that all queries share one key-value head (MQA).
+
+        Some classes have the switch and go by the number all the same (Falcon's newer ones).
+        """
+        if self.config.get("multi_query") is not True:
+            return False
+        key = self.keys.kv
+        return key is None or self.changed(self.times(2, key)) in (None, self.shapes)
 
     def changed(self, changes: Mapping[str, int]) -> Shapes | None:
-        """Build the shapes after changes of config keys; None where the library refuses or has other tensors
+        """Build the shapes after changes of config keys; None where the library refuses them or lacks tensors
         then.
+
+        It may have more: StableLM's norms of queries are one for each head.
         """
         try:
             moved = shapes({**self.config, **changes})
         except Unfit:
             return None
-        same_tensors = moved.keys() == self.shapes.keys()
-        return moved if same_tensors else None
+        has_tensors = moved.keys() >= self.shapes.keys()
+        return only(moved, self.shapes) if has_tensors else None
 
     @cached_property
     def takes_kv(self) -> bool:
@@ -266,6 +275,42 @@ class Axes:
         of_buffers = _powers_of_two(buffers, wider_buffers)
         of_attributes = _powers_of_two(attributes, wider_attributes)
         return of_buffers, of_attributes
+
+    @cached_property
+    def _powers_of_depth(self) -> dict[str, float]:
+        """Number of a module → the power of two by which it moves when there are twice as many layers."""
+        return self._moved_by_depth({})
+
+    def _moved_by_depth(self, changes: Mapping[str, float]) -> dict[str, float]:
+        layers = self.keys.layers
+        twice = {layers: 2 * self.config[layers], **changes}
+        try:
+            deeper = factors({**self.config, **twice})
+        except Unfit:  # lists of layers that are too short, which nothing is computed from
+            return {}
+        _, before = factors(self.config)
+        return _powers_of_two(before, deeper[1])
+
+    @property
+    def computed_by_depth(self) -> list[str]:
+        """Numbers of modules that the class computes from the number of layers."""
+        return list(self._powers_of_depth)
+
+    @cached_property
+    def by_depth(self) -> dict[str, float]:
+        """The config key that undoes what the number of layers does to the numbers of the modules, and the
+        power of it that does; nothing where there is none.
+        """
+        powers = set(self._powers_of_depth.values())
+        if len(powers) != 1:
+            return {}
+        (power,) = powers
+        numbers = [key for key, value in self.config.items() if type(value) is float and value]
+        for key in numbers:
+            undone = {key: self.config[key] * 2**-power}
+            if not self._moved_by_depth(undone):
+                return {key: -power}
+        return {}
 
     @cached_property
     def by_queries(self) -> Shapes | None:

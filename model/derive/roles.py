@@ -376,10 +376,7 @@ class Draft:
             is_fused = kv > axes.kv * head
             return self._fused() if is_fused else KEYS_BESIDE_QUERIES
         if kv:
-            if kv != length:
-                return OPEN
-            per_head = kv // axes.kv
-            return KEYS if per_head > 1 else ONE_PER_KV
+            return self._of_kv(kv) if kv == length else OPEN
         if queries != length:
             return OPEN
         leaf = leaf_of(name)
@@ -389,6 +386,10 @@ class Draft:
         if three_each and FUSED.search(leaf):
             return self._fused()
         return QUERIES if length > axes.heads else ONE_PER_QUERY
+
+    def _of_kv(self, length: int) -> Axis:
+        """Recognise an axis that is as often there as there are key-value heads."""
+        return KEYS if length > self.axes.kv else ONE_PER_KV
 
     @property
     def _head_dim(self) -> int:
@@ -407,7 +408,7 @@ class Draft:
         seen = self.seen[name]
         length = seen.shape[dim]
         if kv == length:
-            return KEYS
+            return self._of_kv(kv)
         if kv > 0:
             is_fused = length - kv == axes.hidden
             return self._fused() if is_fused else OPEN

@@ -75,6 +75,7 @@ def drafted_family(
         defaults={ONE_KV: 1} if one_kv else {},
         more=_further_sizes(draft, config, lines),
         follows=follows,
+        by_depth=draft.axes.by_depth,
         rotary=None,
         attention_scale="none" if undivided else "head_dim",
         pos_offset=draft.position_offset,

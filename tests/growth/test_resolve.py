@@ -156,6 +156,69 @@ DERIVED: dict[str, dict[str, Any]] = {
     # experts in many
     "mixtral": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 20},
 }  # fmt: skip
+HEADS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+LATENT = {"q_lora_rank": 12, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+# Switches of classes, each with a growth that it asks something special of.
+SWITCHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # scales of the norms of queries and keys in two axes, heads and head dim
+    "cohere with norms of heads": (
+        {"model_type": "cohere", **HEADS, "intermediate_size": 24, "use_qk_norm": True},
+        {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3},
+    ),
+    # the switch for one key-value head is on, and the class passes over it
+    "falcon of 40 B and more": (
+        {
+            "model_type": "falcon", "hidden_size": 32, "num_attention_heads": 4, "num_kv_heads": 2, "num_hidden_layers": 2,
+            "new_decoder_architecture": True, "alibi": False,
+        },
+        {"hidden_size": 48, "num_attention_heads": 6, "num_kv_heads": 3},
+    ),
+    # a norm for each head, each a tensor
+    "stablelm with norms of heads": (
+        {"model_type": "stablelm", **HEADS, "intermediate_size": 24, "qk_layernorm": True},
+        {"num_hidden_layers": 5},
+    ),
+    # what each layer adds is divided by the root of their number
+    "minicpm3": (
+        {"model_type": "minicpm3", **HEADS, "num_key_value_heads": 4, "intermediate_size": 24, **LATENT},
+        {"num_hidden_layers": 5, "intermediate_size": 30},
+    ),
+    # a hidden size that the heads divide, though the head dim is given; not so in the tiny model with 6 of 64
+    "arcee with more heads alone": (
+        {"model_type": "arcee", **HEADS, "hidden_size": 48, "head_dim": 8, "intermediate_size": 24},
+        {"num_attention_heads": 6, "num_key_value_heads": 3},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SWITCHED)
+def test_a_derived_schema_minds_the_switches_of_its_class(
+    tmp_path: Path, checkpoint_maker: Any, name: str
+) -> None:
+    switches, target = SWITCHED[name]
+    source = checkpoint_maker(tmp_path / "source", to_hf_config({**TINY, **switches}).to_dict())
+    grown = grow(source, tmp_path / "out", target=target, noise=0.2)
+    assert grown.certificate.lossless, grown.certificate.reasons
+    assert grown.receipt.max_delta <= 2e-5 * max(1, grown.receipt.max_logit)
+
+
+@pytest.mark.slow
+def test_a_number_that_follows_the_layers_is_held_against_a_target_that_names_it(
+    tmp_path: Path, checkpoint_maker: Any
+) -> None:
+    """MiniCPM3's scale_depth, over the root of the layers, is what each of them adds."""
+    switches, _ = SWITCHED["minicpm3"]
+    config = to_hf_config({**TINY, **switches, "scale_depth": 1.4}).to_dict()
+    assert plan(config, {"num_hidden_layers": 12}).target_config["scale_depth"] == pytest.approx(2.8)
+    deeper = to_hf_config({**config, "num_hidden_layers": 12})
+    reasons = plan(config, deeper).certificate.reasons
+    told = "config scale_depth: 1.4, which with 12 layers scales what each of them adds otherwise; 2.8 would"
+    assert any(told in reason for reason in reasons), reasons
+    source = checkpoint_maker(tmp_path / "source", config)
+    kept = grow(source, tmp_path / "out", target={"num_hidden_layers": 5, "scale_depth": 1.4})
+    assert not kept.certificate.lossless
+    assert kept.receipt.max_delta > 1e-3 * kept.receipt.max_logit
 
 
 @pytest.mark.slow
@@ -193,9 +256,19 @@ def test_a_file_without_the_base_models_prefix_and_with_old_buffers(
 @pytest.mark.parametrize(
     ("name", "target", "depth", "message"),
     [
-        ("mpt", {"d_model": 24, "n_heads": 3}, "identity", "logits of a tiny random model move by"),
+        (
+            "mpt",
+            {"d_model": 24, "n_heads": 3},
+            "identity",
+            "first token stay: how a head weighs earlier tokens depends on how many heads .* n_heads cannot",
+        ),
         # a norm behind the embedding: whole factors
-        ("bloom", {"hidden_size": 24}, "identity", "logits of a tiny random model move by"),
+        (
+            "bloom",
+            {"hidden_size": 24},
+            "identity",
+            "model move by .* and stay where hidden_size is doubled: in this family it grows by whole factors",
+        ),
         # all of a head is turned
         ("cohere", {"head_dim": 16}, "identity", "logits of a tiny random model move by"),
     ],
@@ -209,6 +282,24 @@ def test_what_is_not_confirmed_is_refused(
     ):
         grow(source, tmp_path / "out", target=target, depth=depth)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_sizes_that_the_class_refuses_are_quoted_as_the_user_has_them() -> None:
+    """And not those of the tiny model, on which the growth would be tried."""
+    arcee, _ = SWITCHED["arcee with more heads alone"]
+    with pytest.raises(UserError, match=r"The hidden size \(32\) is not a multiple of .* heads \(6\)"):
+        plan({**TINY, **arcee, "hidden_size": 32}, {"num_attention_heads": 6, "num_key_value_heads": 3})
+
+
+@pytest.mark.slow
+def test_tensors_that_come_with_more_heads_are_told() -> None:
+    stablelm, _ = SWITCHED["stablelm with norms of heads"]
+    told = (
+        r"transformers' class has .*k_layernorm\.norms\.2\.weight, .* there are more tensors, not larger ones"
+    )
+    with pytest.raises(UserError, match=told):
+        plan({**TINY, **stablelm}, {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64})
 
 
 WIDE = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
