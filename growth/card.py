@@ -146,17 +146,11 @@ def model_card(
     files: Sequence[str] = (),
 ) -> str:
     """README.md of a grown folder; `stated` is the source's `licence`, `files` hold its text."""
-    import yaml
-
     stated = stated or {}
-    certificate = plan.certificate
-    is_path = source.count("/") != 1 or source.startswith((".", "/")) or Path(source).exists()
+    change = [] if plan.change is None else ["", f"{plan.change.summary(plan)}."]
+    rules = [f"| `{space}` | {rule} |" for space, rule in spaces_table(plan)]
     lines = [
-        "---",
-        "tags: [grown]" if is_path else f"base_model: {source}",
-        "library_name: transformers",
-        *(yaml.safe_dump(dict(stated), sort_keys=False, width=1000).splitlines() if stated else ()),
-        "---",
+        *_head(source, stated),
         f"# Grown from {source}",
         "",
         (
@@ -164,39 +158,58 @@ def model_card(
             f"`{plan.operator}` (depth `{plan.layers.rule}`, noise {plan.noise:g}, seed "
             f"{plan.growth.seed}); an initialisation to go on training from."
         ),
-        *([] if plan.change is None else ["", f"{plan.change.summary(plan)}."]),
+        *change,
         "",
-        "Certificate, proved from the plan: "
-        + (
-            "**lossless** in exact arithmetic, every logit is the source's."
-            if certificate.lossless
-            else "not lossless:"
-        ),
-        *(f"- {reason}" for reason in certificate.reasons),
-        *(f"- {note}" for note in (*plan.notes, *plan.remarks)),
+        *_certificate_lines(plan),
         "",
-    ]
-    if receipt is not None:
-        lines += [
-            (
-                f"Receipt, measured on {receipt.tokens} tokens in {receipt.dtype}: max |Δlogit| "
-                f"{receipt.max_delta:.3g} (largest logit {receipt.max_logit:.3g}), KL {receipt.kl:.3g}, "
-                f"loss {receipt.loss_source:.4f} → {receipt.loss_target:.4f}"
-            )
-            + (f" ({receipt.note})." if receipt.note else "."),
-            "",
-            *_text_lines(receipt),
-        ]
-    lines += [_licence_lines(stated, files), ""]
-    lines += [
+        *_receipt_lines(receipt),
+        _licence_lines(stated, files),
+        "",
         "| space | how it grew |",
         "|---|---|",
-        *(f"| `{space}` | {rule} |" for space, rule in spaces_table(plan)),
+        *rules,
         "",
-    ]
-    lines += [
         f"Layers (source of each; identity in brackets): {layer_table(plan)}",
         "",
         "The whole recipe is in `growth.json`.",
+        "",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
+
+
+def _head(source: str, stated: Stated) -> list[str]:
+    """The lines that the hub reads: the base model where the source is one, and its licence."""
+    import yaml
+
+    is_name = source.count("/") == 1 and not source.startswith((".", "/"))
+    on_hub = is_name and not Path(source).exists()
+    base = f"base_model: {source}" if on_hub else "tags: [grown]"
+    licence_lines = []
+    if stated:
+        text = yaml.safe_dump(dict(stated), sort_keys=False, width=1000)
+        licence_lines = text.splitlines()
+    return ["---", base, "library_name: transformers", *licence_lines, "---"]
+
+
+def _certificate_lines(plan: Plan) -> list[str]:
+    """The certificate in words, its reasons, and what else there is to know."""
+    certificate = plan.certificate
+    verdict = "not lossless:"
+    if certificate.lossless:
+        verdict = "**lossless** in exact arithmetic, every logit is the source's."
+    points = (*certificate.reasons, *plan.notes, *plan.remarks)
+    listed = [f"- {point}" for point in points]
+    return [f"Certificate, proved from the plan: {verdict}", *listed]
+
+
+def _receipt_lines(receipt: Receipt | None) -> list[str]:
+    """The receipt in words, where one was measured."""
+    if receipt is None:
+        return []
+    measured = (
+        f"Receipt, measured on {receipt.tokens} tokens in {receipt.dtype}: max |Δlogit| "
+        f"{receipt.max_delta:.3g} (largest logit {receipt.max_logit:.3g}), KL {receipt.kl:.3g}, "
+        f"loss {receipt.loss_source:.4f} → {receipt.loss_target:.4f}"
+    )
+    note = f" ({receipt.note})" if receipt.note else ""
+    return [f"{measured}{note}.", "", *_text_lines(receipt)]

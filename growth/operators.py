@@ -60,8 +60,9 @@ def _vocabulary(n: int, N: int) -> Expansion:
     The rule is the same for every operator.
     """
     rule = "unchanged"
-    if n < N:
-        rule = f"{N - n} new tokens: mean of the old and a little noise"
+    count = N - n
+    if count > 0:
+        rule = f"{count} new tokens: mean of the old and a little noise"
     index = _padded(n, N)
     kept = AxisMap.of(n, index, Fill.MEAN)
     return Expansion.of(kept, kept, rule)
@@ -69,8 +70,8 @@ def _vocabulary(n: int, N: int) -> Expansion:
 
 def _positions(n: int, N: int) -> Expansion:
     """Start new learned positions fresh, for every operator."""
-    fresh = f"{N - n} new positions: fresh"
-    rule = "unchanged" if n == N else fresh
+    count = N - n
+    rule = f"{count} new positions: fresh" if count else "unchanged"
     index = _padded(n, N)
     kept = AxisMap.of(n, index, Fill.RANDOM)
     return Expansion.of(kept, kept, rule)
@@ -82,10 +83,11 @@ def _each_space(growth: Growth, grow: Callable[[str, int, int], Expansion]) -> d
     expansions: dict[str, Expansion] = {}
     for space, n in growth.source.items():
         N = growth.target[space]
-        if space in rules:
-            expansions[space] = rules[space](n, N)
-        elif space == "layer":
+        if space == "layer":
             continue
+        rule = rules.get(space)
+        if rule is not None:
+            expansions[space] = rule(n, N)
         elif n == N:
             expansions[space] = Expansion.identity(n)
         else:
@@ -208,7 +210,9 @@ def _free_head_dims(growth: Growth, space: str, n: int, N: int) -> Expansion:
     write = AxisMap.of(n, index, Fill.RANDOM, gain=gain)
     kept = AxisMap.of(n, index, Fill.RANDOM)
     read = kept.filled(Fill.ZERO)
-    rule = f"{n} → {N}: {N - n} new dims written fresh and read as zero{_scaled_queries(gain)}"
+    count = N - n
+    scaled_queries = _scaled_queries(gain)
+    rule = f"{n} → {N}: {count} new dims written fresh and read as zero{scaled_queries}"
     return Expansion.of(write, read, rule, scale=kept, shift=kept)
 
 
@@ -231,10 +235,10 @@ def random_pad(growth: Growth) -> Recipe:
 
 def _pad(growth: Growth, fill: Fill, word: str) -> Recipe:
     def grow(space: str, n: int, N: int) -> Expansion:
+        count = N - n
         index = _padded(n, N)
         kept = AxisMap.of(n, index, fill)
-        rest = f"{N - n} {word}"
-        rule = f"{n} → {N}: source first, {rest}"
+        rule = f"{n} → {N}: source first, {count} {word}"
         return Expansion.of(kept, kept, rule)
 
     expansions = _each_space(growth, grow)
@@ -250,22 +254,25 @@ def tile(growth: Growth, *, mode: str = "middle", heads: str = "head_aware") -> 
     axis, which at 2048 → 2560 with 32 heads mixes heads and shifts rotary dims. Not lossless. Phi-2's own
     scale factors were never published; none is applied here.
     """
-    if mode not in ("edge", "middle", "center"):
-        unknown("tile mode", mode, ("edge", "middle", "center"))
-    if heads not in ("head_aware", "flat"):
-        unknown("tile heads", heads, ("head_aware", "flat"))
+    modes = ("edge", "middle", "center")
+    ways = ("head_aware", "flat")
+    if mode not in modes:
+        unknown("tile mode", mode, modes)
+    if heads not in ways:
+        unknown("tile heads", heads, ways)
+    centered = mode == "center"
 
     def tiled(n: int, N: int) -> AxisMap:
         offset = 0 if mode == "edge" else (N - n) // 2
         position = np.arange(N) - offset
         inside = (position >= 0) & (position < n)
         block = np.where(inside, position, -1)
-        index = block if mode == "center" else position % n
+        index = block if centered else position % n
         return AxisMap.of(n, index)
 
     def grow(space: str, n: int, N: int) -> Expansion:
         kept = tiled(n, N)
-        how = "middle block, fresh around it" if mode == "center" else f"tiled from the {mode}"
+        how = "middle block, fresh around it" if centered else f"tiled from the {mode}"
         rule = f"{n} → {N}: {how}"
         return Expansion.of(kept, kept, rule)
 
@@ -335,12 +342,14 @@ def bert2bert_aki(growth: Growth) -> Recipe:
     """
     expansions = dict(net2net(growth).expansions)
     for space, expansion in expansions.items():
-        if growth.grows(space) and space not in ("vocab", "pos"):
-            copies = expansion.write
-            is_new = np.arange(copies.target) >= copies.source
-            write = copies.from_next_layer(is_new)
-            rule = f"{expansion.rule}, new rows from the next layer"
-            expansions[space] = replace(expansion, write=write, rule=rule)
+        has_own_rule = space in ("vocab", "pos")
+        if has_own_rule or not growth.grows(space):
+            continue
+        copies = expansion.write
+        is_new = np.arange(copies.target) >= copies.source
+        write = copies.from_next_layer(is_new)
+        rule = f"{expansion.rule}, new rows from the next layer"
+        expansions[space] = replace(expansion, write=write, rule=rule)
     return Recipe(expansions, hidden_ratio=growth.hidden_ratio)
 
 
@@ -348,18 +357,21 @@ def _random_copies(growth: Growth, space: str, n: int, N: int) -> Expansion:
     """Copy indices 0 … n-1 once each, then random ones; of a head, dims that rotary positions do not turn."""
     gain = 1.0
     turned = 0
+    count = N - n
     if space == "qk":
+        family = growth.family
         gain = growth.attention_gain
-        turned = growth.family.rotary_dims(growth.source_config)
+        turned = family.rotary_dims(growth.source_config)
     first = turned if turned < n else 0
     numbers = generator(growth.seed, "copies", space)
-    drawn = numbers.integers(first, n, N - n)
+    drawn = numbers.integers(first, n, count)
     own = np.arange(n)
     index = np.concatenate([own, drawn])
     copies = AxisMap.of(n, index)
     write = copies.scaled(gain)
     read = copies.split()
-    rule = f"{n} → {N}: {N - n} random copies, readers divided{_scaled_queries(gain)}"
+    scaled_queries = _scaled_queries(gain)
+    rule = f"{n} → {N}: {count} random copies, readers divided{scaled_queries}"
     expansion = Expansion.of(write, read, rule, scale=copies, shift=copies)
     if space == "residual" and growth.tied:  # the head is the embedding, whose copies are not divided
         expansion = replace(expansion, final_scale=read, final_shift=read)
@@ -375,8 +387,39 @@ def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
     10^(-10/20) = 0.3162): what is added to the readers of one copy is taken from another's, the output head's
     readers excepted. Attention heads are cloned whole. Lossless.
     """
-    if form not in ("symmetric", "diagonal"):
-        unknown("hyperclone form", form, ("symmetric", "diagonal"))
+    forms = ("symmetric", "diagonal")
+    if form not in forms:
+        unknown("hyperclone form", form, forms)
+    _check_clones(growth)
+
+    def grow(space: str, n: int, N: int) -> Expansion:
+        index = _wrapped(n, N)
+        copies = AxisMap.of(n, index)
+        read = copies.split()
+        times = N // n
+        rule = f"{n} → {N}: cloned {times} ×, readers divided"
+
+        expansion = Expansion.of(copies, read, rule, scale=copies, shift=copies)
+        if space != "residual":
+            return expansion
+        final = copies.scaled(1.0)
+        if growth.tied:
+            undo = 1 / growth.embedding_gain
+            final = read.scaled(undo)
+        return replace(expansion, final_scale=final, final_shift=final)
+
+    expansions = _each_space(growth, grow)
+    return Recipe(
+        expansions,
+        diagonal=form == "diagonal",
+        hidden_ratio=growth.hidden_ratio,
+        noisy_head=False,
+        moments="transpose",
+    )
+
+
+def _check_clones(growth: Growth) -> None:
+    """Refuse spaces that do not grow by a whole factor, and heads that would not stay whole."""
     apart = ("layer", "vocab", "pos")
     spaces = [space for space in growth.source if space not in apart]
     grown = {space: (growth.source[space], growth.target[space]) for space in spaces}
@@ -395,29 +438,6 @@ def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
         )
         for space, (n, N) in grown.items()
         if space in ("qk", "v") and n != N
-    )
-
-    def grow(space: str, n: int, N: int) -> Expansion:
-        index = _wrapped(n, N)
-        copies = AxisMap.of(n, index)
-        read = copies.split()
-        times = f"cloned {N // n} ×"
-        rule = f"{n} → {N}: {times}, readers divided"
-        expansion = Expansion.of(copies, read, rule, scale=copies, shift=copies)
-        if space != "residual":
-            return expansion
-        final = copies.scaled(1.0)
-        if growth.tied:
-            undo = 1 / growth.embedding_gain
-            final = read.scaled(undo)
-        return replace(expansion, final_scale=final, final_shift=final)
-
-    return Recipe(
-        _each_space(growth, grow),
-        diagonal=form == "diagonal",
-        hidden_ratio=growth.hidden_ratio,
-        noisy_head=False,
-        moments="transpose",
     )
 
 
@@ -495,7 +515,8 @@ def options_of(operator: str) -> list[str]:
     every_operator = OPERATORS | CHANGES | LEARNED
     signature = inspect.signature(every_operator[operator])
     named = inspect.Parameter.KEYWORD_ONLY
-    return [parameter.name for parameter in signature.parameters.values() if parameter.kind is named]
+    parameters = signature.parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is named]
 
 
 def recipe(operator: str, growth: Growth, options: Mapping[str, Any]) -> Recipe:

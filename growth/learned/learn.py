@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,11 @@ def learn(
         the losses of what was predicted.
     """
     lesson = plan.lesson
-    layers = plan.layers
     written = Written(folder)
     values = values_of(reader, source.tensors)
     read = "" if text is None else text.sha256
-    kept = Kept(state, f"{plan.hash} {read} {fingerprint(reader, source.tensors)}")
+    weights = fingerprint(reader, source.tensors)
+    kept = Kept(state, f"{plan.hash} {read} {weights}")
     kept.check()
 
     def share(done: float, flops: float) -> None:
@@ -78,41 +78,43 @@ def learn(
     assert isinstance(lesson, LeastSquares | Ligo)
     assert text is not None
 
-    def models() -> tuple[OnDisk, OnDisk]:
-        return (
-            OnDisk(plan.source_config, values, source.tensors, layers.source),
-            OnDisk(plan.target_config, written.values, written.tensors, layers.target),
-        )
+    def source_model() -> OnDisk:
+        return OnDisk(plan.source_config, values, source.tensors, plan.layers.source)
+
+    def target_model() -> OnDisk:
+        return OnDisk(plan.target_config, written.values, written.tensors, plan.layers.target)
 
     held = torch.from_numpy(text.held)
-    losses = _losses_before(kept, models, held)
+    loss_source, loss_before = _losses_before(kept, (source_model, target_model), held)
     if isinstance(lesson, Ligo):
         took = learn_maps(plan, lesson, values, written, text, kept, share)
     else:
-        took = fit(plan, lesson.ridge, *models(), written, text, folder, kept, share)
-    with torch.no_grad():
-        losses.append(models()[1].loss(held))
-    names = ("loss_source", "loss_before", "loss_after")
+        took = fit(plan, lesson.ridge, source_model(), target_model(), written, text, folder, kept, share)
     return {
         "operator": plan.operator,
         "text": text.name,
         "sha256": text.sha256,
         "tokens": prod(text.fit.shape),
         "held_out_tokens": prod(text.held.shape),
-        **dict(zip(names, losses, strict=True)),
+        "loss_source": loss_source,
+        "loss_before": loss_before,
+        "loss_after": _loss(target_model, held),
         **took,
     }
 
 
-def _losses_before(
-    kept: Kept, models: Callable[[], tuple[OnDisk, OnDisk]], held: torch.Tensor
-) -> list[float]:
+def _losses_before(kept: Kept, models: Iterable[Callable[[], OnDisk]], held: torch.Tensor) -> list[float]:
     """The source's loss on the windows held out, and that of what was written."""
     piece = kept.get("before")
     if piece is not None:
         _, losses = piece
         return list(losses)
-    with torch.no_grad():
-        losses = [model.loss(held) for model in models()]
+    losses = [_loss(model, held) for model in models]
     kept.put("before", {}, losses)
     return losses
+
+
+def _loss(model: Callable[[], OnDisk], held: torch.Tensor) -> float:
+    """The loss of a model on the windows held out."""
+    with torch.no_grad():
+        return model().loss(held)

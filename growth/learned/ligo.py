@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from math import prod, sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,8 +29,8 @@ from outgrow.growth.expansion import AxisMap, Fill
 from outgrow.growth.learned.kept import Kept
 from outgrow.growth.learned.lessons import Ligo
 from outgrow.growth.learned.maps_state import MapsState
+from outgrow.growth.learned.matrices import mapped
 from outgrow.growth.learned.on_disk import Values, Written
-from outgrow.growth.learned.squares import mapped
 from outgrow.growth.learned.text import Calibration
 from outgrow.growth.origin import Origin, of_axis
 from outgrow.growth.plan import Plan
@@ -39,6 +39,9 @@ from outgrow.model.build import empty_model, stored_names
 from outgrow.model.family import has_schema
 from outgrow.model.geometry import flops_per_token
 from outgrow.model.notation import Axis, Space, spaces
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WARMUP = 10  # steps
 # Spaces whose maps stay: their indices are told apart by what they mean.
@@ -84,7 +87,8 @@ class Learner(nn.Module):
         self.plan = plan
         self.dtype = dtype
         self._values = values
-        if plan.recipe.diagonal or any(step.next_source for step in plan.steps):
+        takes_next = any(step.next_source for step in plan.steps)
+        if plan.recipe.diagonal or takes_next:
             raise UserError("ligo: a map of one axis at a time starts it; choose another growth.width")
         self.maps = nn.ParameterList()
         self.layers = nn.ParameterList()
@@ -104,33 +108,39 @@ class Learner(nn.Module):
     ) -> int | None:
         """The number of the map of an axis; None where it stays."""
         axis = step.maps[dim]
-        named = step.tensor.axes[dim]
+        tensor = step.tensor
+        named = tensor.axes[dim]
         if axis.is_identity or _stays(named):
             return None
         shared = isinstance(named, Space) and named.name == "residual"
-        layer = None if shared else step.tensor.layer
+        layer = None if shared else tensor.layer
         key = (id(axis), layer)
         if key not in numbers:
             numbers[key] = len(self.maps)
-            rows = matrix_of(axis)
-            is_new = of_axis(axis) != Origin.ORIGINAL
-            learns = torch.from_numpy(is_new)[:, None]
-            if start == "random":
-                fresh = torch.randn(rows.shape, generator=drawn, dtype=torch.float64)
-                start_rows = fresh / sqrt(axis.source)
-                rows = torch.where(learns, start_rows, rows)
-            learned = learns.to(self.dtype)
-            self._frozen[numbers[key]] = learned
-            parameter = nn.Parameter(rows.to(self.dtype))
-            self.maps.append(parameter)
+            self._add(axis, start, drawn)
         return numbers[key]
+
+    def _add(self, axis: AxisMap, start: str, drawn: Any) -> None:
+        """Add the map of an axis to those that learn, at its start."""
+        rows = matrix_of(axis)
+        is_new = of_axis(axis) != Origin.ORIGINAL
+        learns = torch.from_numpy(is_new)[:, None]
+        if start == "random":
+            fresh = torch.randn(rows.shape, generator=drawn, dtype=torch.float64)
+            start_rows = fresh / sqrt(axis.source)
+            rows = torch.where(learns, start_rows, rows)
+        number = len(self.maps)
+        self._frozen[number] = learns.to(self.dtype)
+        parameter = nn.Parameter(rows.to(self.dtype))
+        self.maps.append(parameter)
 
     def _weights(self, step: Step) -> int | None:
         """The number of the weights of a tensor's source layers; its source tensors are read."""
         names = self._names(step)
         for name in names:
             if name not in self._source:
-                self._source[name] = self._fixed(step, self._values(name))
+                values = self._values(name)
+                self._source[name] = self._fixed(step, values)
         if step.tensor.layer is None:
             return None
         sources = [name for name in (step.source, step.beside) if name is not None]
@@ -152,7 +162,8 @@ class Learner(nn.Module):
             if _stays(named) and not axis.is_identity:
                 rows = mapped(np.moveaxis(values, dim, 0), axis)
                 values = np.moveaxis(rows, 0, dim)
-        contiguous = np.ascontiguousarray(values + _offset(step))
+        true_values = values + _offset(step)
+        contiguous = np.ascontiguousarray(true_values)
         return torch.from_numpy(contiguous).to(self.dtype)
 
     def grown(self) -> Iterator[tuple[str, Tensor]]:
@@ -227,11 +238,9 @@ def learn_maps(
     dtypes = {stored.dtype for stored in written.tensors.values()}
     dtype = torch.float64 if "F64" in dtypes else torch.float32
     learner = Learner(plan, values, lesson.start, dtype)
-    model = empty_model(plan.target_config, dtype=dtype).eval()
-    if has_schema(plan.target_config):
-        names = stored_names(model)
-    else:
-        names = {name: name for name, _ in model.named_parameters()}
+    model = empty_model(plan.target_config, dtype=dtype)
+    model.eval()
+    names = _stored_names(model, plan)
     learned = learner.parameters()
     optimizer = torch.optim.AdamW(learned, lesson.learning_rate, weight_decay=0.0)
     length = text.fit.shape[1]
@@ -244,11 +253,7 @@ def learn_maps(
     paid = flops * lesson.steps
     progress(flops * len(losses), paid)
     for step in range(len(losses), lesson.steps):
-        first = step * rows
-        numbers = np.arange(first, (step + 1) * rows)
-        wrapped = numbers % len(text.fit)
-        batch = text.fit[wrapped]
-        tokens = torch.from_numpy(batch)
+        tokens = _batch(text.fit, step, rows)
         weights = dict(learner.grown())
         parameters = {name: weights[stored] for name, stored in names.items()}
         loss = _next_token_loss(model, parameters, tokens)
@@ -258,10 +263,8 @@ def learn_maps(
         optimizer.zero_grad()
         loss.backward()
         learner.keep_originals()
-        rise = min(1.0, (step + 1) / WARMUP)
-        rest = 1 - step / lesson.steps
-        rate = lesson.learning_rate * rise * rest
-        optimizer.param_groups[0]["lr"] = rate
+        group = optimizer.param_groups[0]
+        group["lr"] = _rate(lesson, step)
         optimizer.step()
         state.save(optimizer, losses)
         progress(flops * len(losses), paid)
@@ -270,3 +273,26 @@ def learn_maps(
             written.write(name, tensor.numpy())
     read = lesson.steps * rows * length
     return {"steps": lesson.steps, "tokens_read": read, "losses": losses, "flops": paid}
+
+
+def _stored_names(model: PreTrainedModel, plan: Plan) -> dict[str, str]:
+    """Parameter → the name that it is stored under."""
+    if has_schema(plan.target_config):
+        return stored_names(model)
+    return {name: name for name, _ in model.named_parameters()}
+
+
+def _batch(windows: np.ndarray, step: int, rows: int) -> Tensor:
+    """(b, t) the next windows of a text that is read again and again."""
+    first = step * rows
+    last = first + rows
+    numbers = np.arange(first, last)
+    wrapped = numbers % len(windows)
+    return torch.from_numpy(windows[wrapped])
+
+
+def _rate(lesson: Ligo, step: int) -> float:
+    """The learning rate of a step: it rises over `WARMUP` steps, and falls to zero throughout."""
+    rise = min(1.0, (step + 1) / WARMUP)
+    rest = 1 - step / lesson.steps
+    return lesson.learning_rate * rise * rest

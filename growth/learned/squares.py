@@ -15,7 +15,6 @@ Shapes:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,221 +26,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from outgrow.growth.decision import Step
-from outgrow.growth.expansion import AxisMap, Fill
+from outgrow.growth.expansion import Fill
 from outgrow.growth.learned.kept import Kept
-from outgrow.growth.learned.on_disk import OnDisk, Values, Written
+from outgrow.growth.learned.matrices import Matrix, matrices
+from outgrow.growth.learned.on_disk import OnDisk, Written
+from outgrow.growth.learned.sums import Inputs, fit_flops, sum_flops
 from outgrow.growth.learned.text import Calibration
 from outgrow.growth.plan import Plan
-from outgrow.model.family import Tensor as FamilyTensor
 from outgrow.model.geometry import flops_per_token
 
-CHUNK = 256  # tokens that are summed in the type of the activations; their sums in float64
-BLOCKS = 4  # of a Gram matrix's columns: above those on its diagonal it is not computed
 HEAD = "head"
 FITTED = (Fill.COPY, Fill.MEAN, Fill.ZERO)  # rows that the source says something about
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a layer beside its hidden states
-
-
-def products(one: Tensor, other: Tensor) -> Tensor:
-    """Σ over tokens of one·otherᵀ, float64: (t, i), (t, s) → (i, s)."""
-    rows = one.shape[1]
-    columns = other.shape[1]
-    total = torch.zeros(rows, columns, dtype=torch.float64)
-    chunks = one.split(CHUNK)
-    other_chunks = other.split(CHUNK)
-    for left, right in zip(chunks, other_chunks, strict=True):
-        total += left.T @ right
-    return total
-
-
-def lower_gram(rows: Tensor) -> Tensor:
-    """Σ over tokens of row·rowᵀ, float64, its lower triangle: (t, i) → (i, i)."""
-    size = rows.shape[1]
-    total = torch.zeros(size, size, dtype=torch.float64)
-    width = -(-size // BLOCKS)
-    for first in range(0, size, width):
-        block = slice(first, first + width)
-        below = rows[:, first:]
-        total[first:, block] = products(below, rows[:, block])
-    return total.tril_()
-
-
-@dataclass
-class Inputs:
-    """Sums over tokens that all matrices share which read the same.
-
-    Args:
-        read: (t, i) the target's inputs.
-        seen: (t, s) the source's.
-        ridge: λ, relative to the mean square of an input, summed over tokens.
-    """
-
-    read: Tensor
-    seen: Tensor
-    ridge: float
-
-    def __post_init__(self) -> None:
-        gram = lower_gram(self.read)
-        mean_square = float(gram.diagonal().mean())
-        self._pull = self.ridge * mean_square or 1.0  # inputs may be all zero
-        gram.diagonal().add_(self._pull)
-        self._factor = torch.linalg.cholesky(gram)
-        self._cross = products(self.read, self.seen)
-
-    def fit(self, start: Tensor, wanted: Tensor) -> Tensor:
-        """Minimise ‖W x − wanted y‖² + λ‖W − start‖² over the tokens' inputs x, y: (o, i), (o, s) → (o,
-        i)."""
-        # W (Σ x xᵀ + λ) = wanted Σ y xᵀ + λ start, solved transposed
-        aim = self._cross @ wanted.T
-        aim += self._pull * start.T
-        solution = torch.cholesky_solve(aim, self._factor)
-        return solution.T
-
-    def flops(self) -> float:
-        """FLOPs of the sums and the factor."""
-        inputs, source_inputs = self._cross.shape
-        return sum_flops(len(self.read), inputs, source_inputs)
-
-
-def sum_flops(tokens: int, inputs: int, source_inputs: int) -> float:
-    """FLOPs of the sums over tokens and of the factor, which matrices share that read the same."""
-    square = inputs**2
-    gram = tokens * square * (1 + 1 / BLOCKS)
-    cross = 2.0 * tokens * inputs * source_inputs
-    factor = inputs**3 / 3
-    return gram + cross + factor
-
-
-def fit_flops(outputs: int, inputs: int, source_inputs: int) -> float:
-    """FLOPs of fitting one matrix once the sums are there."""
-    columns = inputs + source_inputs
-    return 2.0 * outputs * inputs * columns
-
-
-@dataclass(frozen=True, eq=False)
-class Matrix:
-    """A matrix of the target, its bias as one more column, and what it is fitted to.
-
-    Attributes:
-        outputs: the map of its outputs.
-        shifts: that of its bias.
-        share: of the source's outputs that it is to give.
-    """
-
-    weight: Step
-    bias: Step | None
-    outputs: AxisMap
-    shifts: AxisMap | None
-    share: float
-
-    @property
-    def source(self) -> str:
-        assert self.weight.source is not None
-        return self.weight.source
-
-    def joined(self, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-        """(outputs, inputs) of a stored weight and its bias."""
-        rows = self._by_output(weight)
-        if bias is None:
-            return rows
-        return _with_column(rows, bias)
-
-    def parted(self, rows: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
-        """(parameter, stored name, values) of the weight and its bias, as they are stored."""
-        weight = rows
-        if self.bias is not None:
-            weight = rows[:, :-1]
-        stored = self._by_output(weight)
-        yield "weight", self.weight.name, stored
-        if self.bias is not None:
-            shift = rows[:, -1]
-            yield "bias", self.bias.name, shift
-
-    def _by_output(self, weight: np.ndarray) -> np.ndarray:
-        """Turn a weight as stored into (outputs, inputs), or back."""
-        stored_by_input = self.weight.tensor.reads[0]
-        return weight.T if stored_by_input else weight
-
-    def wanted(self, values: Values) -> np.ndarray:
-        """(outputs, source inputs): the source's rows as the target's, as large a share as is wanted."""
-        weight = values(self.source)
-        source = self._by_output(weight)
-        rows = mapped(source, self.outputs)
-        bias = None if self.bias is None else self.bias.source
-        if bias is not None and self.shifts is not None:
-            column = values(bias)[:, None]
-            shift = mapped(column, self.shifts)
-            rows = _with_column(rows, shift[:, 0])
-        return self.share * rows
-
-
-def _with_column(rows: np.ndarray, column: np.ndarray) -> np.ndarray:
-    """Append one column: (o, i), (o,) → (o, i + 1)."""
-    last = column[:, None]
-    return np.concatenate([rows, last], 1)
-
-
-def mapped(rows: np.ndarray, axis: AxisMap) -> np.ndarray:
-    """Copy or average rows as a map says; what it draws is zero here."""
-    is_mean = axis.fill == Fill.MEAN
-    is_drawn = ~(axis.copies | is_mean)
-    index = np.where(axis.copies, axis.index, 0)
-    target_rows = rows[index]
-    target_rows[is_mean] = rows.mean(0)
-    target_rows[is_drawn] = 0
-    gains = axis.gain[:, None]
-    return target_rows.astype(np.float64) * gains
-
-
-def matrices(plan: Plan) -> dict[str, Matrix]:
-    """Every matrix that is fitted, by the name of its weight: not those of layers that start as the
-    identity."""
-    layers = plan.layers
-    steps = {step.name: step for step in plan.steps}
-    recipe = plan.recipe.spaces_only()
-    share_of = _shares(plan)
-    fitted = {}
-    for step in plan.steps:
-        tensor = step.tensor
-        reads_once = sorted(tensor.reads) == [False, True]
-        is_matrix = tensor.line.kind == "linear" and reads_once
-        is_idle = tensor.layer is not None and layers.identity[tensor.layer]
-        if not is_matrix or is_idle or step.source is None:
-            continue
-        module = step.name.removesuffix("weight")
-        bias = steps.get(f"{module}bias")
-        shifts = None
-        if bias is not None and bias.source is None:
-            bias = None
-        if bias is not None:
-            shifts = recipe.maps(bias.tensor)[0]
-        written_axis = tensor.reads.index(False)
-        maps = recipe.maps(tensor)
-        outputs = maps[written_axis]
-        fitted[step.name] = Matrix(step, bias, outputs, shifts, share_of(tensor))
-    return fitted
-
-
-def _shares(plan: Plan) -> Callable[[FamilyTensor], float]:
-    """The share of the source's output that each matrix is to give: of those that write to the residual
-    stream, one for each working copy of the source's layer; their shares sum to 1.
-    """
-    layers = plan.layers
-    family = plan.family
-    pairs = zip(layers.layers, layers.identity, strict=True)
-    copies = Counter(layer for layer, idle in pairs if not idle)
-    # Post norms undo any factor before them.
-    is_normed = any(line.kind == "post norm" for line in family.lines)
-
-    def share(tensor: FamilyTensor) -> float:
-        if tensor.layer is None or is_normed or not family.writes_residual(tensor):
-            return 1.0
-        source_layer = layers.layers[tensor.layer]
-        return 1 / copies[source_layer]
-
-    return share
 
 
 @dataclass
@@ -374,7 +171,8 @@ class Fitting:
 
         hooks = []
         for number, layer in enumerate(self.source.layers):
-            hook = layer.register_forward_pre_hook(keeper(number), with_kwargs=True)
+            keep = keeper(number)
+            hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
             hooks.append(hook)
         yield
         for hook in hooks:
@@ -388,16 +186,18 @@ class Fitting:
             progress(number)
             source = self.plan.layers.layers[number]
             layer = self.source.layers[source]
-            rest, named = self._calls[source]
             self._seen = {}
             self._last = None
             hooks = []
-            for module, weight in self.source.matrices(layer).items():
-                hook = module.register_forward_pre_hook(self._seen_by(weight))
+            modules = self.source.matrices(layer)
+            for module, weight in modules.items():
+                keep = self._seen_by(weight)
+                hook = module.register_forward_pre_hook(keep)
                 hooks.append(hook)
             file = self._hidden_file(source)
             array = np.load(file, allow_pickle=False)
             hidden = torch.from_numpy(array)
+            rest, named = self._calls[source]
             layer(hidden, *rest, **named)
             for hook in hooks:
                 hook.remove()
@@ -419,24 +219,27 @@ class Fitting:
                 return
             read = arguments[0]
             # an expert sees a share of the tokens, and not the source's
-            if seen.shape[:-1] == read.shape[:-1]:
+            same_tokens = seen.shape[:-1] == read.shape[:-1]
+            if same_tokens:
                 self._fit(matrix, module, read)
 
         return run
 
     def _fit(self, matrix: Matrix, module: Any, read: Tensor) -> None:
         """Fit a module's matrix to what it reads, write it, and use it as it is stored."""
+        has_bias = matrix.bias is not None
         weight = module.weight.double().numpy()
-        bias = None
-        if matrix.bias is not None:
-            bias = module.bias.double().numpy()
-        start = torch.from_numpy(matrix.joined(weight, bias))
-        wanted = torch.from_numpy(matrix.wanted(self.source.values))
+        bias = module.bias.double().numpy() if has_bias else None
+        rows = matrix.joined(weight, bias)
+        start = torch.from_numpy(rows)
+        wanted_rows = matrix.wanted(self.source.values)
+        wanted = torch.from_numpy(wanted_rows)
         seen = self._seen[matrix.source]
-        inputs = self._inputs(read, seen, bias is not None)
+        inputs = self._inputs(read, seen, has_bias)
         fitted = inputs.fit(start, wanted)
         outputs, width = fitted.shape
-        self.flops += fit_flops(outputs, width, wanted.shape[1])
+        source_width = wanted.shape[1]
+        self.flops += fit_flops(outputs, width, source_width)
         self.fits += 1
         # Of rows that are drawn the source says nothing: they stay.
         is_drawn = ~np.isin(matrix.outputs.fill, FITTED)
@@ -493,7 +296,8 @@ def fit(
         progress: called with (FLOPs done, FLOPs in all, estimated).
     """
     passes = _flops_of_passes(plan, text)
-    expected = passes + expected_flops(plan, text.fit.size)
+    fits = expected_flops(plan, text.fit.size)
+    expected = passes + fits
     layers = plan.layers.target
 
     def tell(fitted: int) -> None:

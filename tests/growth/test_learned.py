@@ -28,7 +28,7 @@ from outgrow.growth.learned.lesa import Basis
 from outgrow.growth.learned.lessons import LEARNED, Lesa
 from outgrow.growth.learned.ligo import Learner
 from outgrow.growth.learned.on_disk import OnDisk, values_of
-from outgrow.growth.learned.squares import Inputs
+from outgrow.growth.learned.sums import Inputs
 from outgrow.growth.learned.text import read_calibration
 from outgrow.growth.memory import grow_model
 from outgrow.growth.operators import options_of
