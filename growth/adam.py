@@ -66,30 +66,37 @@ def adam_state(state: Mapping[str, Any], plan: Plan) -> AdamState:
         entry = per_parameter.get(number)
         if entry is None:  # a parameter that never had a gradient
             continue
-        for moment in POWERS:
-            if moment not in entry:
-                raise UserError(
-                    f"optimizer state: parameter {number} ({name}) has no {moment!r}, found "
-                    f"{sorted(entry)}; only Adam's state grows"
-                )
-            tensor = entry[moment]
-            if tuple(tensor.shape) != shapes[name]:
-                raise UserError(
-                    f"optimizer state: {moment} of parameter {number} has shape {tuple(tensor.shape)}, "
-                    f"{name} has {shapes[name]}; is it the state of another model, or were its groups filled "
-                    "in another order?"
-                )
-            named[moment][name] = tensor
+        _check_entry(entry, number, name, shapes[name])
+        for moment, tensors in named.items():
+            tensors[name] = entry[moment]
     if not any(named.values()):
         raise UserError("optimizer state: empty; was it saved before the first step?")
     entries = per_parameter.values()
     steps = [int(entry["step"]) for entry in entries if "step" in entry]
     moments: dict[str, torch.Tensor] = {}
     for moment, tensors in named.items():
-        stored = in_file(plan.source_config, _complete(tensors, shapes))
+        every_parameter = _complete(tensors, shapes)
+        stored = in_file(plan.source_config, every_parameter)
         moments |= {f"{moment}.{name}": tensor for name, tensor in stored.items()}
     complete = _complete(moments, _wanted(plan))
-    return AdamState(Tensors(complete), max(steps, default=0))
+    last_step = max(steps, default=0)
+    return AdamState(Tensors(complete), last_step)
+
+
+def _check_entry(entry: Mapping[str, Any], number: int, name: str, shape: tuple[int, ...]) -> None:
+    """Refuse the state of a parameter that is not Adam's, or not of the parameter's shape."""
+    for moment in POWERS:
+        if moment not in entry:
+            raise UserError(
+                f"optimizer state: parameter {number} ({name}) has no {moment!r}, found "
+                f"{sorted(entry)}; only Adam's state grows"
+            )
+        own = tuple(entry[moment].shape)
+        if own != shape:
+            raise UserError(
+                f"optimizer state: {moment} of parameter {number} has shape {own}, {name} has {shape}; is it "
+                "the state of another model, or were its groups filled in another order?"
+            )
 
 
 def _wanted(plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -340,6 +340,29 @@ def _wrapper(missing: Sequence[str], stored: Mapping[str, Stored]) -> str:
     return next((prefix for prefix in before if all(prefix + name in stored for name in missing)), "")
 
 
+def _refuse_part(checkpoint: Held, missing: list[str], schema: Container[str]) -> None:
+    """Refuse a checkpoint without its head, and one whose names a wrapper has put its own before.
+
+    Raises:
+        UserError: it is one of these.
+    """
+    stored = checkpoint.tensors
+    in_trunk = [f"{trunk}.{name}" for name in stored for trunk in TRUNKS]
+    if any(name in schema for name in in_trunk):
+        raise UserError(
+            f"{checkpoint.folder}: holds the trunk alone ({names_of(stored)}), as a model without its head "
+            "saves it; give the checkpoint of the causal language model, saved by the class that "
+            "AutoModelForCausalLM takes for it"
+        )
+    wrapper = _wrapper(missing, stored)
+    if wrapper:
+        raise UserError(
+            f"{checkpoint.folder}: every tensor's name begins with {wrapper!r}, as a wrapper (torch.compile, "
+            "DDP, PEFT) saves what it holds; load it into the model itself and write that with "
+            "save_pretrained"
+        )
+
+
 def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> dict[str, str]:
     """Check the stored tensors against the schema; return their dtypes."""
     stored = checkpoint.tensors
@@ -348,25 +371,12 @@ def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> di
     schema = {tensor.name: tensor for tensor in tensors}
     faults = []
     absent = [tensor for name, tensor in schema.items() if name not in stored]
-    if missing := [tensor.name for tensor in absent if not tensor.tied]:
+    missing = [tensor.name for tensor in absent if not tensor.tied]
+    if missing:
+        _refuse_part(checkpoint, missing, schema)
         faults.append(
             f"{checkpoint.folder}: missing {names_of(missing)}, which the {family.name} schema and this "
             "config require"
-        )
-    in_trunk: set[str] = set()
-    if missing:
-        in_trunk = {f"{trunk}.{name}" for name in stored for trunk in TRUNKS}
-    if in_trunk & schema.keys():
-        raise UserError(
-            f"{checkpoint.folder}: holds the trunk alone ({names_of(stored)}), as a model without its head "
-            "saves it; give the checkpoint of the causal language model, saved by the class that "
-            "AutoModelForCausalLM takes for it"
-        )
-    if wrapper := _wrapper(missing, stored):
-        raise UserError(
-            f"{checkpoint.folder}: every tensor's name begins with {wrapper!r}, as a wrapper (torch.compile, "
-            "DDP, PEFT) saves what it holds; load it into the model itself and write that with "
-            "save_pretrained"
         )
     outside = [name for name in stored if name not in schema]
     if strange := [name for name in outside if not family.ignores(name)]:

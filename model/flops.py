@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -178,55 +178,17 @@ def _counting(model: Any, calls: list[_Call], experts: str) -> Iterator[None]:
     """Replace attention by one that only counts, and experts by products of matrices, as far as interfaces
     let it.
     """
-    import torch
-    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+    from transformers import AttentionInterface, AttentionMaskInterface
 
-    masks: dict[Any, _MaskFunction] = {}  # by storage
-    alive: list[torch.Tensor] = []  # so that no storage is used again
-
-    def make_mask(
-        batch_size: int, q_length: int, kv_length: int, mask_function: Any, device: Any = "cpu", **_: Any
-    ) -> Any:
-        mask = torch.zeros(batch_size, 1, q_length, kv_length, device=device)
-        if mask.device.type != "meta":  # a class that chooses positions asks which it may see
-            mask.masked_fill_(_hidden(mask_function, q_length, kv_length), torch.finfo(mask.dtype).min)
-        masks[mask.untyped_storage()._cdata] = mask_function
-        alive.append(mask)
-        return mask
-
-    def attend(
-        module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, *_: Any, **__: Any
-    ) -> Any:
-        rows, heads, positions, qk = query.shape
-        v = value.shape[-1]
-        storage = None
-        if attention_mask is not None:
-            storage = attention_mask.untyped_storage()._cdata
-        flops_per_pair = 2.0 * heads * (qk + v)
-        calls.append(_Call(flops_per_pair, masks.get(storage)))
-        return query.new_zeros(rows, positions, heads, v), None
-
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, make_mask)
+    counter = _Counter(calls)
+    AttentionInterface.register(NAME, counter.attend)
+    AttentionMaskInterface.register(NAME, counter.make_mask)
     training = model.training
     with ExitStack() as stack:
         for name, module in _configs(model):
             counting = NAME if "attn" in name else experts
             stack.enter_context(patch.object(module, name, counting))
-        # Each row is one sequence; whether it is would be asked of values that are not there.
-        stack.enter_context(
-            patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
-        )
-        # Chunks begin after the padding, of which there is none: a count of it would lie on the model's
-        # device, which has no values.
-        chunked = masking_utils.chunked_overlay
-        no_padding = torch.zeros(1, dtype=torch.long)
-        overlay = patch.object(masking_utils, "chunked_overlay", lambda size, _: chunked(size, no_padding))
-        stack.enter_context(overlay)
-        # Whether there is padding in the text, which decides on a warning, would be asked of them too.
-        stack.enter_context(
-            patch("transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask", lambda *_: None)
-        )
+        stack.enter_context(_asking_no_values())
         stack.callback(model.train, training)
         model.eval()
         try:
@@ -234,6 +196,72 @@ def _counting(model: Any, calls: list[_Call], experts: str) -> Iterator[None]:
         finally:
             for interface in (AttentionInterface, AttentionMaskInterface):
                 interface._global_mapping.pop(NAME, None)
+
+
+@dataclass
+class _Counter:
+    """Attention that computes nothing and counts its calls.
+
+    Attributes:
+        calls: that were counted.
+    """
+
+    calls: list[_Call]
+    _masks: dict[Any, _MaskFunction] = field(default_factory=dict)  # by storage
+    _alive: list[torch.Tensor] = field(default_factory=list)  # so that no storage is used again
+
+    def make_mask(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        mask_function: Any,
+        device: Any = "cpu",
+        **_: Any,
+    ) -> Any:
+        import torch
+
+        mask = torch.zeros(batch_size, 1, q_length, kv_length, device=device)
+        if mask.device.type != "meta":  # a class that chooses positions asks which it may see
+            hidden = _hidden(mask_function, q_length, kv_length)
+            least = torch.finfo(mask.dtype).min
+            mask.masked_fill_(hidden, least)
+        storage = mask.untyped_storage()
+        self._masks[storage._cdata] = mask_function
+        self._alive.append(mask)
+        return mask
+
+    def attend(
+        self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, *_: Any, **__: Any
+    ) -> Any:
+        rows, heads, positions, qk = query.shape
+        v = value.shape[-1]
+        mask = None
+        if attention_mask is not None:
+            storage = attention_mask.untyped_storage()
+            mask = self._masks.get(storage._cdata)
+        flops_per_pair = 2.0 * heads * (qk + v)
+        self.calls.append(_Call(flops_per_pair, mask))
+        return query.new_zeros(rows, positions, heads, v), None
+
+
+@contextmanager
+def _asking_no_values() -> Iterator[None]:
+    """Answer in the block what the library would ask of tokens that are not there."""
+    import torch
+    from transformers import masking_utils
+
+    chunked = masking_utils.chunked_overlay
+    no_padding = torch.zeros(1, dtype=torch.long)
+    # Each row is one sequence.
+    single = patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    # Chunks begin after the padding, of which there is none: a count of it would lie on the model's device,
+    # which has no values.
+    overlay = patch.object(masking_utils, "chunked_overlay", lambda size, _: chunked(size, no_padding))
+    # Whether there is padding in the text decides on a warning.
+    silent = patch("transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask", lambda *_: None)
+    with single, overlay, silent:
+        yield
 
 
 def _configs(model: Any) -> Iterator[tuple[str, Any]]:

@@ -27,10 +27,11 @@ from outgrow.model.hollow import hollow, size_of
 from outgrow.model.presets import preset
 from outgrow.model.twin import tiny_twin
 from outgrow.train.loss import fused_cross_entropy
+from outgrow.train.machine.activations import _kept, kept_by, on_fakes
 from outgrow.train.machine.compile import fuse_activations, layers_of
 from outgrow.train.machine.device import MEMORY_GIB, PEAK_BF16_FLOPS, named
 from outgrow.train.machine.forecast import GIB, forecast, sustained, target, tell
-from outgrow.train.machine.memory import _kept, gathered, kept_by, logits, on_fakes
+from outgrow.train.machine.memory import gathered, logits
 from outgrow.train.optimizer import build_optimizer
 from outgrow.train.settings import CONF, Settings, compose
 from outgrow.train.start.stages import stages_of

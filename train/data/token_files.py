@@ -81,15 +81,7 @@ def find(path: str, key: str) -> list[TokenFile]:
         UserError: there is none, or one is not what its name says; the message names the setting `key`.
     """
     root = Path(path).expanduser()
-    names: list[Path] = []
-    if root.is_dir():
-        for folder, _, entries in os.walk(root):
-            names += [Path(folder, name) for name in entries]
-    elif has_magic(str(root)) and not root.exists():
-        matches = glob(str(root), recursive=True)
-        names += map(Path, matches)
-    else:
-        names.append(root)
+    names = _named(root)
     readable = [name for name in names if name.suffix in READERS]
     token_files = sorted(name for name in readable if name.is_file())
     if not token_files:
@@ -109,6 +101,20 @@ def find(path: str, key: str) -> list[TokenFile]:
     return files
 
 
+def _named(root: Path) -> list[Path]:
+    """The files under a folder, those of a glob, or the one file."""
+    pattern = str(root)
+    if root.is_dir():
+        names: list[Path] = []
+        for folder, _, entries in os.walk(root):
+            names += [Path(folder, name) for name in entries]
+        return names
+    if has_magic(pattern) and not root.exists():
+        matches = glob(pattern, recursive=True)
+        return list(map(Path, matches))
+    return [root]
+
+
 def describe(path: Path) -> TokenFile:
     """Describe what lies in one file.
 
@@ -116,7 +122,8 @@ def describe(path: Path) -> TokenFile:
         UserError: it is cut off, empty, or not what its header or its index says.
     """
     with reading(path):
-        file = READERS[path.suffix](path.resolve())
+        reader = READERS[path.suffix]
+        file = reader(path.resolve())
         width = min(dtype.itemsize for dtype in file.dtypes)
         size = file.size - file.offset
         if size <= 0 or size % width:
@@ -130,7 +137,8 @@ def describe(path: Path) -> TokenFile:
 def _datatrove(path: Path) -> TokenFile:
     index = path.with_name(f"{path.name}.index")
     metadata = path.with_name(f"{path.name}.metadata")
-    if path.with_name(f"{path.name}.loss").exists():
+    mask = path.with_name(f"{path.name}.loss")
+    if mask.exists():
         raise UserError(
             f"{path}: it has a loss mask (.ds.loss), which is not read; move the mask away to train on "
             "every token"
@@ -148,14 +156,19 @@ def _datatrove(path: Path) -> TokenFile:
             )
     if tokens is None:
         return TokenFile(path, 0, RAW, tokenizer=tokenizer)
-    possible = [kind for kind in RAW if width in (None, kind.itemsize)]
-    kinds = tuple(kind for kind in possible if kind.itemsize * tokens == size)
+    kinds = _kinds_that_fit(size, tokens, width)
     if not kinds:
         widths = f"{width} bytes" if width else "2 or 4 bytes"
         raise _cut(path, f"it should have {tokens:,} ids of {widths}, and has {size:,} bytes")
     if ends is None:
         return TokenFile(path, 0, kinds, tokenizer=tokenizer)
     return TokenFile(path, 0, kinds, len(ends), ends.item, tokenizer)
+
+
+def _kinds_that_fit(size: int, tokens: int, width: int | None) -> tuple[np.dtype, ...]:
+    """The types of which so many ids take so many bytes; of one width alone where the file tells it."""
+    possible = [kind for kind in RAW if width in (None, kind.itemsize)]
+    return tuple(kind for kind in possible if kind.itemsize * tokens == size)
 
 
 def _metadata(path: Path) -> tuple[str, int | None, int]:
@@ -180,23 +193,32 @@ def _index(path: Path) -> np.ndarray:
     ends = mapped.view(np.ndarray)
     for first in range(0, len(ends), PIECE):
         stop = first + PIECE + 1  # with the first of the next piece
-        piece = ends[first:stop].astype(np.int64)
-        if (np.diff(piece) < 0).any():
+        piece = ends[first:stop]
+        if _falls(piece.astype(np.int64)):
             raise _cut(path, "a document ends before the one in front of it")
     return ends
 
 
+def _falls(numbers: np.ndarray) -> bool:
+    """Check whether a number is less than the one before it."""
+    steps = np.diff(numbers)
+    is_fall = steps < 0
+    return bool(is_fall.any())
+
+
 def _bin(path: Path) -> TokenFile:
-    if path.with_suffix(".idx").is_file():
-        return _megatron(path, path.with_suffix(".idx"))
+    index = path.with_suffix(".idx")
+    if index.is_file():
+        return _megatron(path, index)
     with path.open("rb") as file:
         head = file.read(12)
     magic = version = tokens = 0
     if len(head) == 12:
         magic, version, tokens = struct.unpack("<3i", head)
-    if (magic, version) not in LLM_C_TYPES:
+    kind = LLM_C_TYPES.get((magic, version))
+    if kind is None:
         return TokenFile(path, 0, RAW)
-    dtype = np.dtype(LLM_C_TYPES[magic, version])
+    dtype = np.dtype(kind)
     size = path.stat().st_size
     expected = LLM_C_HEADER + tokens * dtype.itemsize
     if size != expected:
@@ -226,22 +248,23 @@ def _megatron(path: Path, index: Path) -> TokenFile:
     lengths = raw[:offsets_begin].view("<i4")
     offsets = raw[offsets_begin:bounds_begin].view("<i8")
     documents = raw[bounds_begin:bounds_end].view("<i8")
-    _check_offsets(index, lengths, offsets, dtype.itemsize)
-    last_bytes = int(lengths[-1]) * dtype.itemsize
+    width = dtype.itemsize
+    _check_offsets(index, lengths, offsets, width)
+    last_bytes = int(lengths[-1]) * width
     total = int(offsets[-1]) + last_bytes
     if total != size:
         raise _cut(path, f"{index.name} tells of {total:,} bytes, and it has {size:,}")
     first = documents[0]
     last = documents[-1]
-    falls = (np.diff(documents) < 0).any()
-    if first != 0 or last != sequences or falls:
+    covers_all = first == 0 and last == sequences
+    if not covers_all or _falls(documents):
         raise _cut(index, f"its documents do not run from sequence 0 to {sequences:,}")
 
     def end(number: int) -> int:
         """The end of a document: where the first sequence after it begins."""
         after = int(documents[number + 1])
         offset = size if after == sequences else int(offsets[after])
-        return offset // dtype.itemsize
+        return offset // width
 
     return TokenFile(path, 0, (dtype,), bounds - 1, end)
 
@@ -252,7 +275,8 @@ def _megatron_header(index: Path) -> tuple[np.dtype, int, int]:
     """
     with index.open("rb") as file:
         head = file.read(MEGATRON_HEADER)
-    if len(head) < MEGATRON_HEADER or not head.startswith(MEGATRON_MAGIC):
+    is_complete = len(head) == MEGATRON_HEADER
+    if not is_complete or not head.startswith(MEGATRON_MAGIC):
         raise _cut(index, "it does not begin as an index of Megatron's (MMIDIDX)")
     numbers = head.removeprefix(MEGATRON_MAGIC)
     version, code, sequences, bounds = struct.unpack("<QBQQ", numbers)
@@ -268,13 +292,14 @@ def _check_offsets(index: Path, lengths: np.ndarray, offsets: np.ndarray, width:
     """Refuse sequences that do not lie one behind the other."""
     after = 0
     for first in range(0, len(lengths), PIECE):
-        stop = first + PIECE
-        sizes = lengths[first:stop].astype(np.int64) * width
+        piece = slice(first, first + PIECE)
+        counts = lengths[piece].astype(np.int64)
+        sizes = counts * width
         ends = after + np.cumsum(sizes)
-        first_begin = [after]
-        begins = np.concatenate([first_begin, ends[:-1]])
-        adjacent = np.array_equal(begins, offsets[first:stop])
-        if not adjacent or (sizes < 0).any():
+        begins = np.concatenate([[after], ends[:-1]])
+        adjacent = np.array_equal(begins, offsets[piece])
+        is_negative = sizes < 0
+        if not adjacent or is_negative.any():
             raise _cut(index, "its sequences do not lie one behind the other")
         after = int(ends[-1])
 
@@ -297,7 +322,8 @@ def _npy(path: Path) -> TokenFile:
     size = path.stat().st_size
     count = shape[0]
     width = dtype.itemsize
-    if size != offset + count * width:
+    expected = offset + count * width
+    if size != expected:
         raise _cut(
             path,
             f"its header tells of {count:,} ids of {width} bytes, and it has {size:,} bytes",

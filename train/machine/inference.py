@@ -21,7 +21,7 @@ from outgrow.model.base.quiet import quietly
 from outgrow.model.build import empty_model
 from outgrow.model.geometry import matmul_parameter_count, parameter_count
 from outgrow.model.hollow import hollow
-from outgrow.train.machine.memory import on_fakes
+from outgrow.train.machine.activations import on_fakes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,30 +15,21 @@ Beside them: benchmarks/bench_memory.py, which holds these numbers against PyTor
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import astuple, dataclass, replace
-from functools import partial
-from operator import mul
+from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from outgrow.model.base.errors import UserError, in_one_line
-from outgrow.model.base.quiet import quietly
+from outgrow.model.base.errors import UserError
 from outgrow.model.build import empty_model, known_size
-from outgrow.model.hollow import hollow, size_of
 from outgrow.train.loss import CHUNK_TOKENS
+from outgrow.train.machine.activations import Kept, kept_by
 from outgrow.train.machine.compile import fuse_activations, layers_of, speed_up
-from outgrow.train.settings import Settings
+from outgrow.train.settings import LoopSettings, Settings
 from outgrow.train.start.way import find_attention, fuses
 
 MASTER, GRADIENT = 4, 4  # bytes of a weight and of its gradient: both float32, also where bfloat16 multiplies
-SHORT = 64  # tokens of the shortest pass of a hollow network
 BLOCK = 256  # entries that share one float32 scale in torchao's 8-bit state
 STATE = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / BLOCK), "muon": 8.0}  # bytes of an entry's optimizer state
 MUON_STATE = 4.0  # of a hidden matrix's entry: one momentum instead of two moments
@@ -89,44 +80,27 @@ def moments(
     gpus = settings.forecast.gpus
     bf16 = loop.precision != "fp32"
     sharded = settings.sharding.name == "full" and gpus > 1
-    shards = gpus if sharded else 1
     if sharded and bf16:
         # As FSDP gathers them: autocast copies no weight, and layers hand on bfloat16.
         attention = network.config._attn_implementation
         with FakeTensorMode():
             network = empty_model(config, dtype=torch.bfloat16, attention=attention)
-    fuse_activations(network)  # as in a run: a chain of kernels keeps more
-    try:
-        kept = kept_by(network, rows, loop.context, bf16=bf16, checkpointing=loop.checkpointing)
-    except UserError:
-        find_attention(config, "auto", torch.device("cpu"), "bf16" if bf16 else "fp32")  # as a run refuses it
-        raise
+    kept = _activations(network, config, rows, loop, bf16=bf16)
     speed_up(network, loop)  # refuses what the class does not support
-    entries = sum(count for _, count in groups.values())
-    # The gradients of the micro-batches before it stand, and DDP's buckets always do; else they begin empty.
-    micro_batches = -(-loop.batch_tokens // loop.context // gpus // rows)
-    buckets = gpus > 1 and not sharded
-    full = entries * GRADIENT / shards
-    before = full if micro_batches > 1 or buckets else 0.0
-    forward, backward = logits(
-        config, rows * loop.context, fused=fuses(config, loop.loss), bf16=bf16, sharded=sharded
-    )
+    tokens = rows * loop.context
+    fused = fuses(config, loop.loss)
+    forward, backward = logits(config, tokens, fused=fused, bf16=bf16, sharded=sharded)
     # Autocast's copies of the layers' weights live as long as its forward pass; without checkpointing the
     # layers keep them.
     casts = bf16 and not sharded and loop.checkpointing
     copies = 2.0 * layer_entries(network) if casts else 0.0
-    none = Gathered(0.0, 0.0, 0.0, 0.0, 0.0)
-    reshard = settings.sharding.reshard_after_forward
-    fsdp = gathered(network, 2 if bf16 else 4, reshard, checkpointing=loop.checkpointing) if sharded else none
-    models = 1 if loop.ema is None else 2  # the weights, and their average
-    rest = Memory(
-        models * entries * MASTER / shards,
-        before,
-        optimizer_state(settings.optimizer.name, groups) / shards,
-        0.0,
-        0.0,
-        0.0,
-    )
+    fsdp = Gathered(0.0, 0.0, 0.0, 0.0, 0.0)
+    if sharded:
+        width = 2 if bf16 else 4
+        reshard = settings.sharding.reshard_after_forward
+        fsdp = gathered(network, width, reshard, checkpointing=loop.checkpointing)
+    rest = _at_rest(settings, groups, rows, sharded=sharded)
+    full = _entries_in(groups) * GRADIENT / (gpus if sharded else 1)
     return {
         "forward": replace(rest, gathered=fsdp.loss, activations=kept.loss + copies, logits=forward),
         "loss": replace(rest, gathered=fsdp.loss, activations=kept.loss, logits=backward),
@@ -134,6 +108,44 @@ def moments(
         "end": replace(rest, gradients=full, gathered=fsdp.end, activations=kept.end + fsdp.gradients),
         "reduced": replace(rest, gradients=full, gathered=fsdp.reduced),
     }
+
+
+def _activations(network: Any, config: dict[str, Any], rows: int, loop: LoopSettings, *, bf16: bool) -> Kept:
+    """The activations of `rows` windows, in the network as a run has it.
+
+    Raises:
+        UserError: the class's forward pass does not run; as a run refuses it, if it does.
+    """
+    fuse_activations(network)  # as in a run: a chain of kernels keeps more
+    try:
+        return kept_by(network, rows, loop.context, bf16=bf16, checkpointing=loop.checkpointing)
+    except UserError:
+        precision = "bf16" if bf16 else "fp32"
+        find_attention(config, "auto", torch.device("cpu"), precision)
+        raise
+
+
+def _at_rest(settings: Settings, groups: dict[str, tuple[int, int]], rows: int, *, sharded: bool) -> Memory:
+    """The bytes that stay throughout a step: weights, the optimizer's state, and gradients as it begins."""
+    loop = settings.train
+    gpus = settings.forecast.gpus
+    shards = gpus if sharded else 1
+    entries = _entries_in(groups)
+    # The gradients of the micro-batches before it stand, and DDP's buckets always do; else they begin empty.
+    windows = -(-loop.batch_tokens // loop.context)
+    micro_batches = -(-windows // gpus // rows)
+    buckets = gpus > 1 and not sharded
+    full = entries * GRADIENT / shards
+    gradients = full if micro_batches > 1 or buckets else 0.0
+    models = 1 if loop.ema is None else 2  # the weights, and their average
+    weights = models * entries * MASTER / shards
+    state = optimizer_state(settings.optimizer.name, groups) / shards
+    return Memory(weights, gradients, state, gathered=0.0, activations=0.0, logits=0.0)
+
+
+def _entries_in(groups: dict[str, tuple[int, int]]) -> int:
+    """The entries of all weights that an optimizer steps."""
+    return sum(count for _, count in groups.values())
 
 
 def optimizer_state(name: str, groups: dict[str, tuple[int, int]]) -> float:
@@ -192,179 +204,6 @@ def layer_entries(network: Any) -> int:
 
 def _entries(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-# ---- activations -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The bytes of activations, moment by moment: at the loss, where the last layer goes backward, and where
-    the first one does."""
-
-    loss: float
-    backward: float
-    end: float
-
-
-def kept_by(network: Any, rows: int, context: int, *, bf16: bool, checkpointing: bool = False) -> Kept:
-    """The bytes that the layers keep for the backward pass over (rows, context) tokens, counted on a forward
-    pass of a fake network.
-
-    With activation checkpointing, what all layers keep is their inputs, and the backward pass holds beside
-    them the one layer whole that it is computing again (the largest). Going backward through a layer takes
-    two gradients of the size of its largest tensor, of what a kernel gave and of what it took. A network
-    that is compiled keeps less: the compiler fuses element-wise steps and computes some of them again.
-
-    Where the class asks for values, which a fake network has not, short passes of a hollow one are counted
-    (`model.hollow`), its experts chosen evenly, and continued to the context: what is kept grows with its
-    square at most, and with the rows.
-
-    Raises:
-        UserError: the class's forward pass runs in neither way.
-    """
-    how = partial(_kept, network, bf16=bf16, checkpointing=checkpointing)
-    try:
-        return how(rows, context, world=on_fakes, size=_bytes)
-    except UserError as refusal:
-        try:
-            with quietly():
-                return _continued(partial(how, world=hollow, size=size_of), rows, context)
-        except Exception:  # the library's classes raise every kind
-            raise refusal from None
-
-
-def _continued(measure: Callable[[int, int], Kept], rows: int, context: int) -> Kept:
-    """The bytes that (rows, context) tokens keep, by passes over one row of one, two
-    and three times `SHORT` tokens where they are longer.
-    """
-    if rows * context <= 3 * SHORT:
-        return measure(rows, context)
-    if context <= 3 * SHORT:
-        return _times(rows, measure(1, context))
-    lengths = [1, 2, 3]
-    points = [measure(1, SHORT * length) for length in lengths]
-    x = context / SHORT
-    shares = (
-        (x - 2) * (x - 3) / 2,
-        -(x - 1) * (x - 3),
-        (x - 1) * (x - 2) / 2,
-    )  # of the parabola through them
-    moments = zip(*map(astuple, points), strict=True)
-    one = Kept(*(round(sum(map(mul, shares, sizes))) for sizes in moments))
-    return _times(rows, one)
-
-
-def _times(rows: int, one: Kept) -> Kept:
-    return Kept(*(rows * size for size in astuple(one)))
-
-
-def _kept(
-    network: Any,
-    rows: int,
-    context: int,
-    *,
-    bf16: bool,
-    checkpointing: bool,
-    world: Callable[[Any], AbstractContextManager[None]],
-    size: Callable[[Tensor], int],
-) -> Kept:
-    """`kept_by` of a forward pass in the block of `world`; `size` is of a tensor's storage, in bytes."""
-    kept: dict[int, tuple[Tensor, int | None]] = {}  # storage → a tensor of it, and the layer that keeps it
-    inputs: dict[int, Tensor] = {}  # of layers, by their storage
-    inside: list[int | None] = [None]
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(_storage(tensor), (tensor, inside[-1]))
-        return tensor
-
-    def enter(number: int, layer: Any, arguments: Any) -> None:
-        for argument in arguments:
-            if isinstance(argument, Tensor) and argument.is_floating_point():
-                inputs[_storage(argument)] = argument
-        inside.append(number)
-
-    def leave(*_: Any) -> None:
-        inside.pop()
-
-    hooks: list[Any] = []
-    for number, layer in enumerate(layers_of(network)):
-        hooks.append(layer.register_forward_pre_hook(partial(enter, number)))
-        hooks.append(layer.register_forward_hook(leave))
-    try:
-        with world(network):
-            weights = set(map(_storage, network.parameters()))
-            _forward(network, rows, context, bf16, keep)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    everything = outside = 0
-    layers: dict[int, list[int]] = defaultdict(list)
-    for storage, (tensor, keeper) in kept.items():
-        if storage in weights:
-            continue
-        bytes_kept = size(tensor)
-        everything += bytes_kept
-        if storage in inputs:
-            continue
-        if keeper is None:
-            outside += bytes_kept
-        else:
-            layers[keeper].append(bytes_kept)
-    entered = sum(map(size, inputs.values()))
-    once = max(map(sum, layers.values()), default=0)
-    largest = max(map(max, layers.values()), default=0)
-    gradients = 2 * largest
-    first_input = entered / max(1, len(layers))
-    first = outside + once + gradients + first_input
-    if checkpointing:
-        loss = entered + outside
-        return Kept(loss, loss + once + gradients, first)
-    return Kept(everything, everything + gradients, first)
-
-
-def _storage(tensor: Tensor) -> int:
-    """A number that tensors share which share their memory."""
-    return tensor.untyped_storage()._cdata
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes()
-
-
-def _forward(network: Any, rows: int, context: int, bf16: bool, keep: Callable[[Tensor], Tensor]) -> None:
-    """One forward pass of a network, every tensor that autograd saves handed to `keep`."""
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    with autocast, hooks:
-        ids = torch.zeros(rows, context, dtype=torch.int64)
-        network.train().base_model(input_ids=ids, use_cache=False)
-
-
-@contextmanager
-def on_fakes(network: Any) -> Iterator[None]:
-    """Run a fake network's forward pass in the block.
-
-    Raises:
-        UserError: the class's forward pass depends on values, which a fake network has not.
-    """
-
-    def first_expert(tokens: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-        return tokens @ weight[0].to(tokens.dtype)
-
-    # Experts in groups have no fake kernel in float32; the product with one of them has the shapes, and keeps
-    # what they keep.
-    grouped = patch("transformers.integrations.moe._grouped_mm", first_expert)
-    single = patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
-    try:
-        weight = next(network.parameters())
-        with weight.fake_mode, quietly(), grouped, single:
-            yield
-    except Exception as fault:  # the library's classes raise every kind
-        raise UserError(
-            f"the memory of {type(network).__name__} cannot be forecast: its forward pass depends "
-            f"on values of weights or tokens, which there are none of here ({in_one_line(fault)})"
-        ) from None
 
 
 # ---- loss --------------------------------------------------------------------------------------------------

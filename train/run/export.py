@@ -168,6 +168,12 @@ def model_card(run: RunRecord, summary: Summary, dtype: str, *, averaged: bool =
     source = None if start.operator == "scratch" else start.source
     origin = "scratch" if source is None else f"`{source.path}`"
     proof = {True: "lossless", False: "not lossless", None: "not applicable"}[start.lossless]
+    average = {}
+    if averaged:
+        average["average"] = f"the weights averaged over the steps, {_half_life(run)}"
+    stored = {}
+    if dtype != "float32":
+        stored["weights"] = f"{dtype}; the losses are those of the float32 weights that were trained"
     rows = {
         "study": run.study,
         "arm": run.arm,
@@ -175,20 +181,16 @@ def model_card(run: RunRecord, summary: Summary, dtype: str, *, averaged: bool =
         "started from": origin,
         "growth": f"{start.operator}, certificate: {proof}",
         **_on_the_way(run.settings),
-        "parameters": f"{run.parameters:,}" + _active(run),
+        "parameters": f"{run.parameters:,}{_active(run)}",
         "training tokens": f"{summary.tokens:,}",
         "training FLOPs": f"{summary.flops:.3e}",
         "context": run.setting("train.context"),
         "validation loss at the start": f"{summary.start_val_loss:.4f} nats/token",
         "validation loss at the end": f"{summary.final_val_loss:.4f} nats/token, "
         f"{summary.bits_per_byte:.4f} bits/byte",
-        **({"average": f"the weights averaged over the steps, {_half_life(run)}"} if averaged else {}),
+        **average,
         "device": f"{run.device}, {run.precision}",
-        **(
-            {}
-            if dtype == "float32"
-            else {"weights": f"{dtype}; the losses are those of the float32 weights that were trained"}
-        ),
+        **stored,
     }
     lines = [f"| {key} | {value} |" for key, value in rows.items()]
     table = "\n".join(lines)
@@ -248,11 +250,13 @@ def _on_the_way(settings: Mapping[str, Any]) -> dict[str, str]:
         rows["grown on the way"] = "; ".join(growths)
     if transfer["optimizer"] is not None:
         rows["Adam's state"] = "the source's, grown with its weights"
-    if transfer["inherited_rate"] != 1.0:
-        rows["learning rate of inherited entries"] = f"{transfer['inherited_rate']:g} × that of new ones"
-    if transfer["teacher"] is not None:
-        teacher = transfer["teacher"]["model"]
-        until = transfer["teacher"]["until"]
-        model = settings["source"] if teacher == "source" else teacher
+    rate = transfer["inherited_rate"]
+    if rate != 1.0:
+        rows["learning rate of inherited entries"] = f"{rate:g} × that of new ones"
+    teacher = transfer["teacher"]
+    if teacher is not None:
+        named = teacher["model"]
+        until = teacher["until"]
+        model = settings["source"] if named == "source" else named
         rows["taught by"] = f"`{model}`, for {until:.0%} of the budget"
     return rows

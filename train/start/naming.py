@@ -41,7 +41,8 @@ def tell_changes(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Fill in `changes` of a composed configuration, which `name` is made of, where the overrides do not give
     it themselves.
     """
-    if "changes" in cfg and "changes" not in map(_key, overrides):
+    is_told = "changes" in map(_key, overrides)
+    if "changes" in cfg and not is_told:
         labels = [f"-{label}" for label in changes(cfg, overrides)]
         cfg.changes = "".join(labels)
 
@@ -65,21 +66,31 @@ def changes(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
     labels = []
     for key, text in leaves.items():
         if _of(before, key) != _of(after, key):
-            group = key.replace("/", "_")
-            leaf = text.partition("=")[2]
-            labels.append(f"{group}_{_word(leaf)}")
+            labels.append(_leaf_label(key, text))
 
     # Single settings that differ from what experiment and leaves say, and those that are gone.
     settings = flatten(plain(cfg, []))
+    shown = filter(_shows, _differing(settings, after))
+    labels += [_label(key, settings.get(key), settings) for key in shown]
+    return _short(labels)
+
+
+def _leaf_label(key: str, override: str) -> str:
+    """`transfer/end=merge` → `transfer_end_merge`."""
+    group = key.replace("/", "_")
+    _, _, leaf = override.partition("=")
+    return f"{group}_{_word(leaf)}"
+
+
+def _differing(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """The keys of settings that differ from the defaults, and of defaults that are gone."""
+    absent = object()
+    differing = [key for key, value in settings.items() if defaults.get(key, absent) != value]
     present = set(settings)
     for key in settings:
         present.update(_parents(key))
-    absent = object()
-    differing = [key for key, value in settings.items() if after.get(key, absent) != value]
-    gone = [key for key in after if key not in present]
-    shown = filter(_shows, [*differing, *gone])
-    labels += [_label(key, settings.get(key), settings) for key in shown]
-    return _short(labels)
+    gone = [key for key in defaults if key not in present]
+    return [*differing, *gone]
 
 
 def _parents(key: str) -> list[str]:
@@ -96,7 +107,8 @@ def arm_changes(labels: str) -> list[str]:
 
 
 def _key(override: str) -> str:
-    return override.split("=", 1)[0].lstrip("+~")
+    key, _, _ = override.partition("=")
+    return key.lstrip("+~")
 
 
 @lru_cache(maxsize=64)  # the points of a sweep share what they are held against
@@ -107,8 +119,14 @@ def _values(*overrides: str) -> dict[str, Any]:
 
 def _of(values: Mapping[str, Any], group: str) -> dict[str, Any]:
     """The settings of one group; all of them for a group within a group."""
-    top = group.split("/")[0]
-    return {key: values[key] for key in values if key.split(".")[0] == top}
+    top, _, _ = group.partition("/")
+    return {key: value for key, value in values.items() if _group(key) == top}
+
+
+def _group(key: str) -> str:
+    """`optimizer.learning_rate` → `optimizer`."""
+    group, _, _ = key.partition(".")
+    return group
 
 
 def _shows(key: str) -> bool:
@@ -116,13 +134,15 @@ def _shows(key: str) -> bool:
     if is_text(key):
         return True
     silent = is_neutral(key) or key in (*COMPUTED, *ELSEWHERE)
-    group = key.split(".")[0]
-    return not silent and group != "experiment"
+    return not silent and _group(key) != "experiment"
 
 
 def _label(key: str, value: Any, values: Mapping[str, Any]) -> str:
     """The end of the key that no other key shares, and the value."""
-    name = SHORT.get(key) or _word(_unique_end(key, values).replace(".", "_"))
+    name = SHORT.get(key)
+    if name is None:
+        end = _unique_end(key, values)
+        name = _word(end.replace(".", "_"))
     gap = "" if is_number(value) else "_"
     return f"{name}{gap}{_word(value)}"
 
@@ -130,7 +150,8 @@ def _label(key: str, value: Any, values: Mapping[str, Any]) -> str:
 def _unique_end(key: str, values: Mapping[str, Any]) -> str:
     """The shortest end of the dotted `key` that at most one key of `values` has."""
     parts = key.split(".")
-    for start in range(len(parts) - 1, 0, -1):
+    last = len(parts) - 1
+    for start in range(last, 0, -1):
         end = ".".join(parts[start:])
         sharing = [other for other in values if f".{other}".endswith(f".{end}")]
         if len(sharing) <= 1:
@@ -140,19 +161,30 @@ def _unique_end(key: str, values: Mapping[str, Any]) -> str:
 
 def _word(value: Any) -> str:
     """A value in letters, digits, "." and "_"; a long one ends in a hash."""
-    if value is None or isinstance(value, bool):
-        return "none" if value is None else str(value).lower()
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, int | float):
         return _number(value)
-    if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
+    if _is_list_of_numbers(value):
         return "_".join(map(_number, value))
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    short = text.removeprefix("runs/").removesuffix("/final")
-    word = re.sub(r"[^A-Za-z0-9.]+", "_", short).strip("_.") or "none"
+    short = text.removeprefix("runs/")
+    short = short.removesuffix("/final")
+    word = re.sub(r"[^A-Za-z0-9.]+", "_", short)
+    word = word.strip("_.") or "none"
     if len(word) <= LONGEST_VALUE:
         return word
-    end = word[-LONGEST_VALUE:].strip("_.")
+    end = word[-LONGEST_VALUE:]
+    end = end.strip("_.")
     return f"{end}_{_hash(text)}"
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    if not isinstance(value, list):
+        return False
+    return all(isinstance(item, int | float) for item in value)
 
 
 def _number(value: float) -> str:
@@ -161,8 +193,10 @@ def _number(value: float) -> str:
     if abs(value) < 1e18:  # false for NaN
         text = format(Decimal(text), "f")
     if "." in text:
-        text = text.rstrip("0").rstrip(".")
-    return text.replace("-", "minus").replace("+", "")
+        text = text.rstrip("0")
+        text = text.rstrip(".")
+    text = text.replace("-", "minus")
+    return text.replace("+", "")
 
 
 def _short(labels: list[str]) -> list[str]:
@@ -179,7 +213,8 @@ def _short(labels: list[str]) -> list[str]:
 
 
 def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:6]
+    digest = hashlib.sha256(text.encode())
+    return digest.hexdigest()[:6]
 
 
 def same_folder(settings: Sequence[tuple[Sequence[str], str]]) -> list[str]:
@@ -187,13 +222,16 @@ def same_folder(settings: Sequence[tuple[Sequence[str], str]]) -> list[str]:
     points: dict[Path, list[str]] = defaultdict(list)
     for overrides, out in settings:
         folder = Path(out).resolve()
-        points[folder].append(" ".join(overrides))
-    return [
-        (
-            f"sweep: {len(same)} points would train in {folder}: {'; '.join(same[:3])}; what they differ "
-            "in changes no result, or name= and out= do not hold it: put it into name=, as in "
-            f"name='${{study}}-${{growth.name}}-${{train.compile}}-s${{seed}}'"
-        )
-        for folder, same in points.items()
-        if len(same) > 1
-    ]
+        point = " ".join(overrides)
+        points[folder].append(point)
+    return [_shared_folder(folder, same) for folder, same in points.items() if len(same) > 1]
+
+
+def _shared_folder(folder: Path, points: Sequence[str]) -> str:
+    """Say that several points of a sweep would train in one folder."""
+    first = "; ".join(points[:3])
+    return (
+        f"sweep: {len(points)} points would train in {folder}: {first}; what they differ in changes no "
+        "result, or name= and out= do not hold it: put it into name=, as in "
+        "name='${study}-${growth.name}-${train.compile}-s${seed}'"
+    )
