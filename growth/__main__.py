@@ -127,21 +127,13 @@ def _disagreements(settings: Settings) -> Iterator[str]:
 def run(settings: Settings) -> None:
     """Plan, or plan and grow, and say what came of it."""
     from outgrow.growth.bars import bars
-    from outgrow.growth.grow import grow, read_lesson
-    from outgrow.growth.planning import plan
+    from outgrow.growth.grow import grow
 
     if settings.plan_only:
-        source = _source(settings)
-        grown_plan = plan(
-            source, settings.target, seed=settings.seed, dtype=settings.dtype, **settings.growth.arguments()
-        )
-        checkpoint = None if isinstance(source, str) else source
-        if checkpoint is not None:
-            read_lesson(grown_plan, checkpoint, settings.receipt.text)
-        _print_plan(grown_plan)
-        _print_outcome(grown_plan, None)
-        _draw(settings, grown_plan, checkpoint)
+        _plan_alone(settings)
         return
+    worker = None if settings.worker is None else str(settings.worker)
+    max_shard_bytes = int(settings.max_shard_gb * 1e9)
     with bars() as (progress, learning):
         grown = grow(
             settings.source,
@@ -153,11 +145,11 @@ def run(settings: Settings) -> None:
             receipt=settings.receipt.measure,
             receipt_text=settings.receipt.text,
             threads=settings.threads,
-            max_shard_bytes=int(settings.max_shard_gb * 1e9),
+            max_shard_bytes=max_shard_bytes,
             revision=settings.revision,
             optimizer=settings.optimizer,
             nonfinite=settings.nonfinite,
-            worker=None if settings.worker is None else str(settings.worker),
+            worker=worker,
             progress=progress,
             learning=learning,
             **settings.growth.arguments(),
@@ -174,22 +166,39 @@ def run(settings: Settings) -> None:
     print(f"wrote {grown.folder}")
 
 
+def _plan_alone(settings: Settings) -> None:
+    """Plan, and say what would come of it."""
+    from outgrow.growth.grow import read_lesson
+    from outgrow.growth.planning import plan
+
+    source = _source(settings)
+    options = settings.growth.arguments()
+    planned = plan(source, settings.target, seed=settings.seed, dtype=settings.dtype, **options)
+    checkpoint = None if isinstance(source, str) else source
+    if checkpoint is not None:
+        read_lesson(planned, checkpoint, settings.receipt.text)
+    _print_plan(planned)
+    _print_outcome(planned, None)
+    _draw(settings, planned, checkpoint)
+
+
 def _what_was_learned(learned: dict[str, Any]) -> str:
     """One line: on what, and the loss before and after."""
+    flops = f"{learned['flops']:.3g} FLOPs"
     if "text" not in learned:
-        missed = [
-            sum(each[when] for each in learned["losses"].values()) / max(1, len(learned["losses"]))
-            for when in ("neighbours", "learned")
-        ]
+        losses = list(learned["losses"].values())
+        count = max(1, len(losses))
+        before = sum(loss["neighbours"] for loss in losses) / count
+        after = sum(loss["learned"] for loss in losses) / count
         return (
-            f"learned on the source's layers, {learned['steps']} steps, {learned['flops']:.3g} FLOPs: inner "
-            f"layers missed by {missed[0]:.4f} of their mean square as the mean of two → {missed[1]:.4f}; "
-            f"{learned['matrices']} new matrices, {learned['means']} other tensors stay the mean"
+            f"learned on the source's layers, {learned['steps']} steps, {flops}: inner layers missed by "
+            f"{before:.4f} of their mean square as the mean of two → {after:.4f}; {learned['matrices']} new "
+            f"matrices, {learned['means']} other tensors stay the mean"
         )
-    losses = " → ".join(f"{learned[f'loss_{when}']:.4f}" for when in ("before", "after"))
+    losses_said = f"{learned['loss_before']:.4f} → {learned['loss_after']:.4f}"
     return (
-        f"learned on {learned['tokens']} tokens of {learned['text']}, {learned['flops']:.3g} FLOPs: loss "
-        f"{losses} nats on {learned['held_out_tokens']} held out (source {learned['loss_source']:.4f})"
+        f"learned on {learned['tokens']} tokens of {learned['text']}, {flops}: loss {losses_said} nats on "
+        f"{learned['held_out_tokens']} held out (source {learned['loss_source']:.4f})"
     )
 
 
@@ -258,21 +267,19 @@ def _print_outcome(plan: Plan, receipt: Receipt | None) -> None:
         print(plan.change.summary(plan))
     for note in plan.notes:
         print(note)
-    print(f"certificate: {'lossless' if plan.certificate.lossless else 'not lossless'}")
-    for reason in plan.certificate.reasons:
+    certificate = plan.certificate
+    print("certificate: lossless" if certificate.lossless else "certificate: not lossless")
+    for reason in certificate.reasons:
         print(f"  - {reason}")
     for remark in plan.remarks:
         print(f"note: {remark}")
     if receipt is not None:
         kind = "random " if receipt.text is None else ""
-        tokens = f"{receipt.tokens} {kind}tokens"
+        note = f" ({receipt.note})" if receipt.note else ""
         print(
-            (
-                f"receipt: max |Δlogit| {receipt.max_delta:.3g} (largest logit {receipt.max_logit:.3g}), "
-                f"KL {receipt.kl:.3g}, loss {receipt.loss_source:.4f} → {receipt.loss_target:.4f} nats on "
-                f"{tokens}, in {receipt.dtype}"
-            )
-            + (f" ({receipt.note})" if receipt.note else "")
+            f"receipt: max |Δlogit| {receipt.max_delta:.3g} (largest logit {receipt.max_logit:.3g}), "
+            f"KL {receipt.kl:.3g}, loss {receipt.loss_source:.4f} → {receipt.loss_target:.4f} nats on "
+            f"{receipt.tokens} {kind}tokens, in {receipt.dtype}{note}"
         )
         _print_text(receipt)
 
@@ -294,10 +301,14 @@ def _print_text(receipt: Receipt) -> None:
     table = Table("… the text", "the source goes on", "the grown model goes on", show_lines=True)
     for each in receipt.continuations:
         target = SAME if each.is_same else each.target
-        row = (each.prompt, each.source, target)
-        table.add_row(*(escape(" ".join(text.split())) for text in row))
+        cells = (_in_one_line(text) for text in (each.prompt, each.source, target))
+        table.add_row(*map(escape, cells))
     width = None if sys.stdout.isatty() else 120
     Console(highlight=False, width=width).print(table)
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

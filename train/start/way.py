@@ -8,6 +8,7 @@ a line.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,9 +80,10 @@ def find_way(
     faults: list[str] = []
     lines: list[str] = []
     masked = False
+    causal = answers.same(answers.future)
     if answers.future.value is None:
         lines.append(f"{title}: not measured whether it is causal ({answers.future.reason})")
-    elif not answers.same(answers.future):
+    elif not causal:
         faults.append(_not_causal(config, title, answers, device, precision))
     elif settings.document_mask and answers.same(answers.masked_leak):
         masked = True
@@ -106,12 +108,16 @@ def find_way(
     UserError.collect(faults)
     unreached = () if name else answers.unreached.value or ()
     if unreached:
-        first = ", ".join(unreached[:3])
-        more = len(unreached) - 3
-        rest = f" and {more} more" if more > 0 else ""
-        lines.append(f"{title}: text gives no gradient to {first}{rest}: they stay as they start")
+        lines.append(f"{title}: text gives no gradient to {_few(unreached)}: they stay as they start")
     partly = bool(unreached or answers.sometimes.value)
     return Way(attention, why, fused, partly, tuple(lines), masked)
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    first = ", ".join(names[:3])
+    more = len(names) - 3
+    return f"{first} and {more} more" if more > 0 else first
 
 
 def _unmeasured(settings: LoopSettings, title: str, reason: str) -> Way:
@@ -120,19 +126,15 @@ def _unmeasured(settings: LoopSettings, title: str, reason: str) -> Way:
     Raises:
         UserError: what was asked for needs to be measured.
     """
-    needs = {"train.document_mask=true": settings.document_mask, "train.loss=fused": settings.loss == "fused"}
+    wants_fused = settings.loss == "fused"
+    needs = {"train.document_mask=true": settings.document_mask, "train.loss=fused": wants_fused}
     asked = [key for key, wanted in needs.items() if wanted]
     UserError.collect([f"{key}: not measured for {title}, so not granted ({reason})" for key in asked])
     attention, why = attention_backend(settings.attention)
     if settings.attention == "auto":
         attention, why = "auto", "the library's choice"
-    return Way(
-        attention,
-        why,
-        fused=False,
-        partly=True,
-        lines=(f"{title}: its class was not surveyed ({reason}); loss plain",),
-    )
+    line = f"{title}: its class was not surveyed ({reason}); loss plain"
+    return Way(attention, why, fused=False, partly=True, lines=(line,))
 
 
 def find_attention(config: Config, asked: str, device: torch.device, precision: str) -> tuple[str, str]:
@@ -146,25 +148,26 @@ def find_attention(config: Config, asked: str, device: torch.device, precision: 
     tried: dict[str, str] = {}
     for attention in dict.fromkeys((first, PLAIN_SDPA, EAGER)):
         answer = works(config, attention, device=device, precision=precision)
-        if answer.value and (attention == first or asked == "auto"):
-            if not tried:
-                return attention, why
+        if not answer.value:
+            tried[attention] = answer.reason
+            continue
+        is_taken = attention == first or asked == "auto"
+        if is_taken and not tried:
+            return attention, why
+        if is_taken:
             names = ", no ".join(tried)
             reasons = "; ".join(tried.values())
             return attention, f"no {names}: {reasons}"
-        if not answer.value:
-            tried[attention] = answer.reason
     running = [attention for attention in (PLAIN_SDPA, EAGER) if attention not in tried]
     kind = config.get("model_type")
-    if not running and precision == "bf16" and works(config, EAGER, device=device).value:
+    reason = tried[first]
+    in_bf16 = precision == "bf16"
+    if in_bf16 and not running and works(config, EAGER, device=device).value:
         raise UserError(
-            f"train.precision=bf16: {kind} does not train in it here ({tried[first]}); "
-            "use train.precision=fp32"
+            f"train.precision=bf16: {kind} does not train in it here ({reason}); use train.precision=fp32"
         )
     way_out = f"use train.attention={' or '.join(running)}" if running else "no other one runs either"
-    raise UserError(
-        f"train.attention={asked}: {kind} does not train with it here ({tried[first]}); {way_out}",
-    )
+    raise UserError(f"train.attention={asked}: {kind} does not train with it here ({reason}); {way_out}")
 
 
 def fuses(config: Config, asked: str) -> bool:
@@ -210,7 +213,8 @@ def find_ways(
     all_faults = gather_object(faults) if several else faults
     UserError.collect(dict.fromkeys(all_faults))
     everyone = gather_object([ways]) if several else [ways]
-    if any(theirs != ways for theirs in everyone):
+    differ = any(theirs != ways for theirs in everyone)
+    if differ:
         parts = [f"process {number}: {theirs}" for number, theirs in enumerate(everyone)]
         each = "; ".join(parts)
         raise UserError(
@@ -261,15 +265,16 @@ def _leaks(config: Config, title: str, answers: Survey, device: torch.device, pr
         f"logits after an end-of-text move by {answers.leak.value:.2g} of the largest when what lies before "
         "it changes"
     )
-    others = []
+    others = ""
     for attention in (PLAIN_SDPA, EAGER):
         if attention == answers.attention:
             continue
-        if works(config, attention, device=device, precision=precision).value:
+        answer = works(config, attention, device=device, precision=precision)
+        if answer.value:
             other = survey(config, attention=attention, device=device, precision=precision)
             if other.same(other.leak):
-                others.append(f" or train.attention={attention}")
+                others += f" or train.attention={attention}"
     return (
         f"train.document_mask=true: {title}, attention {answers.attention}: {story}; use "
-        f"train.document_mask=false{''.join(others)}"
+        f"train.document_mask=false{others}"
     )
