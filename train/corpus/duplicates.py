@@ -16,7 +16,7 @@ bytes (exact), 512 + 24 a band (near: 848 at 0.8) and 13 bytes of verdicts, mapp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -188,10 +188,16 @@ def near(
         own = (documents[start:end] for start, end in bounds)
         matches = chain.from_iterable(_near(bucket, signatures, threshold) for bucket in own)
         while part := list(islice(matches, BATCH)):
-            later, earlier, similarity = zip(*part, strict=True)
-            yield Match(
-                np.array(later, np.int64), np.array(earlier, np.int64), np.array(similarity, np.float32)
-            )
+            yield _match(part)
+
+
+def _match(pairs: Sequence[tuple[int, int, float]]) -> Match:
+    later, earlier, similarity = zip(*pairs, strict=True)
+    return Match(
+        np.array(later, np.int64),
+        np.array(earlier, np.int64),
+        np.array(similarity, np.float32),
+    )
 
 
 def _near(
@@ -225,7 +231,8 @@ def band_keys(
         documents: their numbers (n,).
         shape: bands and rows.
     """
-    worded = (signatures != LARGEST).any(1)
+    is_less = signatures != LARGEST
+    worded = is_less.any(1)
     signatures = signatures[worded].astype(np.uint64)
     documents = documents[worded]
     count, width = shape
@@ -278,10 +285,12 @@ class ExactDuplicates(PipelineStep):
         write_matches(self.work.path("exact", rank, ".npz"), matches)
 
     def _keys(self) -> Iterator[np.ndarray]:
-        verdicts = Verdicts(self.work)
+        work = self.work
+        verdicts = Verdicts(work)
         for task, where in verdicts.ranges():
             rows = np.flatnonzero(verdicts.kept(task))
-            digests = self.work.digests(task)[rows]
+            every_digest = work.digests(task)
+            digests = every_digest[rows]
             high = digests[:, 0]
             low = digests[:, 1]
             yield keys(high, low, rows + where.start)
@@ -305,14 +314,17 @@ class NearDuplicates(PipelineStep):
         write_matches(self.work.path("near", rank, ".npz"), matches)
 
     def _keys(self, band: int) -> Iterator[np.ndarray]:
-        verdicts = Verdicts(self.work)
+        work = self.work
+        verdicts = Verdicts(work)
         shape = bands(self.threshold)
+        own_band = range(band, band + 1)
         for task, where in verdicts.ranges():
             rows = np.flatnonzero(verdicts.kept(task))
-            signatures = self.work.signatures(task, PERMUTATIONS)
+            signatures = work.signatures(task, PERMUTATIONS)
             for first in range(0, len(rows), BATCH):  # a task may be one large file
                 part = rows[first : first + BATCH]
-                yield band_keys(signatures[part], part + where.start, shape, range(band, band + 1))
+                documents = part + where.start
+                yield band_keys(signatures[part], documents, shape, own_band)
 
     def _signatures(self) -> Callable[[np.ndarray], np.ndarray]:
         starts = np.array(self.work.starts)

@@ -5,7 +5,7 @@ memory does not grow with them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,61 +63,83 @@ def inspect(folder: Path, *, samples: int, characters: int, seed: int) -> Source
     data = open_data(folder)
     manifest = read_manifest(folder)
     assert manifest is not None
-    if not (folder / LISTING).is_file():
-        way_out = (
-            "tokens that others made have no list of documents"
-            if manifest["settings"].get("corpus") == "tokens"
-            else "prepare it again"
-        )
+    listing = folder / LISTING
+    if not listing.is_file():
+        way_out = "prepare it again"
+        if manifest["settings"].get("corpus") == "tokens":
+            way_out = "tokens that others made have no list of documents"
         raise UserError(f"{folder}: no {LISTING} in it; {way_out}")
     numbers = np.random.default_rng(seed)
-    wanted: dict[str, np.ndarray] = {}  # the numbers of the documents to show of each split, in order
-    for name in SPLITS:
-        count = manifest["splits"][name]["documents"]
+    lotteries = []
+    for split in SPLITS:
+        count = manifest["splits"][split]["documents"]
         chosen = numbers.choice(count, min(samples, count), replace=False)
-        wanted[name] = np.sort(chosen)
+        lotteries.append(_Lottery(split, np.sort(chosen)))
     lengths = np.zeros(len(LENGTHS) - 1, np.int64)
     scores = np.zeros(len(SCORES) - 1, np.int64)
-    drawn: list[Sample] = []
-    # of each split, how many documents and tokens the earlier parts of the list have
-    seen = dict.fromkeys(SPLITS, 0)
-    starts = dict.fromkeys(SPLITS, 0)
-    for part in _batches(folder / LISTING):
-        tokens = part["tokens"]
+    for part in _batches(listing):
         score = part["score"]
         is_scored = ~np.isnan(score)
-        lengths += np.histogram(tokens, LENGTHS)[0]
-        scores += np.histogram(score[is_scored], SCORES)[0]
-        for name in SPLITS:
-            rows = np.flatnonzero(part["split"] == name)
-            ends = starts[name] + np.cumsum(tokens[rows])
-            positions = wanted[name] - seen[name]
-            count = len(rows)
-            is_here = (positions >= 0) & (positions < count)
-            for position in positions[is_here]:
-                row = rows[position]
-                end = int(ends[position])
-                document = {key: column[row] for key, column in part.items()}
-                drawn.append(_sample(data, name, document, end, characters))
-            seen[name] += len(rows)
-            if len(rows):
-                starts[name] = int(ends[-1])
-    drawn.sort(key=lambda sample: SPLITS.index(sample.split))
+        lengths += _histogram(part["tokens"], LENGTHS)
+        scores += _histogram(score[is_scored], SCORES)
+        for lottery in lotteries:
+            lottery.pass_by(part)
+    drawn: list[Sample] = []
+    for lottery in lotteries:
+        drawn += [_sample(data, lottery.split, row, end, characters) for row, end in lottery.drawn]
     low_scores = _low_scores(folder / REMOVED)
-    name = folder.name
-    return Source(name, manifest, lengths, scores, low_scores, tuple(drawn))
+    return Source(folder.name, manifest, lengths, scores, low_scores, tuple(drawn))
+
+
+@dataclass
+class _Lottery:
+    """The documents of a split that are drawn, as the list of documents passes by, part by part.
+
+    Attributes:
+        numbers: of these documents, in order.
+        drawn: the row of each in the list, and where its tokens end.
+        documents, tokens: how many the earlier parts of the list have.
+    """
+
+    split: str
+    numbers: np.ndarray
+    drawn: list[tuple[dict[str, Any], int]] = field(default_factory=list)
+    documents: int = 0
+    tokens: int = 0
+
+    def pass_by(self, part: dict[str, np.ndarray]) -> None:
+        """Draw what lies in the next part of the list."""
+        rows = np.flatnonzero(part["split"] == self.split)
+        count = len(rows)
+        if count == 0:
+            return
+        lengths = part["tokens"][rows]
+        ends = self.tokens + np.cumsum(lengths)
+        positions = self.numbers - self.documents
+        is_here = (positions >= 0) & (positions < count)
+        for position in positions[is_here]:
+            row = rows[position]
+            end = int(ends[position])
+            document = {key: column[row] for key, column in part.items()}
+            self.drawn.append((document, end))
+        self.documents += count
+        self.tokens = int(ends[-1])
+
+
+def _histogram(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    counts, _ = np.histogram(values, edges)
+    return counts
 
 
 def _batches(path: Path) -> Iterator[dict[str, np.ndarray]]:
     import pyarrow.parquet
 
+    names = ("document", "split", "tokens", "score")
     with pyarrow.parquet.ParquetFile(path) as file:
         for part in file.iter_batches(batch_size=BATCH):
-            columns = {
-                name: part.column(name).to_numpy(zero_copy_only=False)
-                for name in ("document", "split", "tokens", "score")
-            }
-            yield columns | {"score": columns["score"].astype(np.float32)}
+            columns = {name: part.column(name).to_numpy(zero_copy_only=False) for name in names}
+            score = columns["score"]
+            yield columns | {"score": score.astype(np.float32)}
 
 
 def _sample(data: TokenData, split: str, row: dict[str, Any], end: int, characters: int) -> Sample:
@@ -125,11 +147,13 @@ def _sample(data: TokenData, split: str, row: dict[str, Any], end: int, characte
     from tokenizers import Tokenizer
 
     tokens = int(row["tokens"])
+    begin = end - tokens
     of_split = getattr(data, split).tokens
-    ids = of_split[end - tokens : end - 1]  # without its end of text
-    tokenizer = Tokenizer.from_file(str(data.tokenizer_folder / "tokenizer.json"))
-    first = ids[: 4 * characters].tolist()
-    text = tokenizer.decode(first, skip_special_tokens=False)
+    ids = of_split[begin : end - 1]  # without its end of text
+    tokenizer_file = data.tokenizer_folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    first = ids[: 4 * characters]
+    text = tokenizer.decode(first.tolist(), skip_special_tokens=False)
     score = float(row["score"])
     kept_score = None if np.isnan(score) else score
     name = str(row["document"])
@@ -145,9 +169,10 @@ def _low_scores(path: Path) -> np.ndarray:
     with pyarrow.parquet.ParquetFile(path) as file:
         for part in file.iter_batches(batch_size=BATCH, columns=["reason", "detail"]):
             is_low = pyarrow.compute.equal(part.column("reason"), "low_score")
-            details = part.filter(is_low).column("detail").to_numpy(zero_copy_only=False)
+            low = part.filter(is_low)
+            details = low.column("detail").to_numpy(zero_copy_only=False)
             scores = details.astype(np.float64)
-            histogram += np.histogram(scores, SCORES)[0]
+            histogram += _histogram(scores, SCORES)
     return histogram
 
 
@@ -172,9 +197,11 @@ def report(sources: Sequence[Source]) -> str:
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     def line(cells: Sequence[object]) -> str:
-        return "| " + " | ".join(map(str, cells)) + " |"
+        words = map(str, cells)
+        return f"| {' | '.join(words)} |"
 
-    rule = "|---|" + "---:|" * (len(heads) - 1)
+    numbers = len(heads) - 1
+    rule = "|---|" + "---:|" * numbers
     lines = [line(heads), rule, *map(line, rows)]
     return "\n".join(lines)
 
@@ -198,18 +225,16 @@ def _shares(sources: Sequence[Source]) -> str:
             f"{documents / read:.1%}",
         ]
         rows.append(row)
-    return _table(
-        [
-            "source",
-            "documents",
-            "bytes",
-            "tokens",
-            "share of tokens",
-            "bytes/token",
-            "documents kept of those read",
-        ],
-        rows,
-    )
+    heads = [
+        "source",
+        "documents",
+        "bytes",
+        "tokens",
+        "share of tokens",
+        "bytes/token",
+        "documents kept of those read",
+    ]
+    return _table(heads, rows)
 
 
 def _removed(sources: Sequence[Source]) -> str:
@@ -248,25 +273,28 @@ def _lengths(sources: Sequence[Source]) -> str:
 
 def _scores(sources: Sequence[Source]) -> Iterator[str]:
     """A table of each source that a filter scored: documents removed and kept, by tenths of the score."""
-    for source in sources:
-        if source.scored:
-            cut = source.manifest["cleaning"]["filter"]
-            low_tenths = source.low_scores.reshape(10, 4).sum(1)
-            kept_tenths = source.kept_scores.reshape(10, 4).sum(1)
-            rows = []
-            for i in range(10):
-                least = i / 10
-                most = (i + 1) / 10
-                low = low_tenths[i]
-                kept = kept_tenths[i]
-                bounds = f"{least:.1f}–{most:.1f}"
-                rows.append([bounds, f"{low:,}", f"{kept:,}"])
-            heading = (
-                f"{source.name}: {cut['kept']:,} of {cut['scored']:,} documents kept, from a score of "
-                f"{cut['threshold']:.3f} on"
-            )
-            table = _table(["score", "removed", "kept"], rows)
-            yield f"{heading}\n\n{table}"
+    for source in filter(_is_scored, sources):
+        cut = source.manifest["cleaning"]["filter"]
+        low_tenths = source.low_scores.reshape(10, 4).sum(1)
+        kept_tenths = source.kept_scores.reshape(10, 4).sum(1)
+        rows = []
+        for i in range(10):
+            least = i / 10
+            most = (i + 1) / 10
+            low = low_tenths[i]
+            kept = kept_tenths[i]
+            bounds = f"{least:.1f}–{most:.1f}"
+            rows.append([bounds, f"{low:,}", f"{kept:,}"])
+        heading = (
+            f"{source.name}: {cut['kept']:,} of {cut['scored']:,} documents kept, from a score of "
+            f"{cut['threshold']:.3f} on"
+        )
+        table = _table(["score", "removed", "kept"], rows)
+        yield f"{heading}\n\n{table}"
+
+
+def _is_scored(source: Source) -> bool:
+    return source.scored
 
 
 def _samples(sources: Sequence[Source]) -> str:
@@ -277,7 +305,8 @@ def _samples(sources: Sequence[Source]) -> str:
             score = "" if sample.score is None else f", score {sample.score:.3f}"
             size = f"{sample.tokens:,} tokens"
             lines = [f"    {line}" for line in sample.text.splitlines()]
-            part = f"{source.name}, {sample.split}"
-            heading = f"{part}: {sample.document} ({size}{score})"
-            parts.append(heading + "\n\n" + "\n".join(lines))
+            text = "\n".join(lines)
+            split = f"{source.name}, {sample.split}"
+            heading = f"{split}: {sample.document} ({size}{score})"
+            parts.append(f"{heading}\n\n{text}")
     return "\n\n".join(parts)

@@ -42,11 +42,14 @@ class Match:
     @classmethod
     def load(cls, path: Path) -> Match:
         with np.load(path) as arrays:
-            return cls(
-                arrays["documents"].astype(np.int64),
-                arrays["earlier"].astype(np.int64),
-                arrays["similarity"].astype(np.float32),
-            )
+            documents = arrays["documents"]
+            earlier = arrays["earlier"]
+            similarity = arrays["similarity"]
+        return cls(
+            documents.astype(np.int64),
+            earlier.astype(np.int64),
+            similarity.astype(np.float32),
+        )
 
 
 class Verdicts:
@@ -162,8 +165,9 @@ def remove_low(work: Workshop, verdicts: Verdicts, limit: dict[str, Any]) -> Non
     """Leave out what scored less than the threshold that was found; of documents with just that score, keep
     the first."""
     ties = limit["ties"]
-    threshold = np.float32(limit["threshold"])  # NaN where there is none
-    least = np.inf if limit["threshold"] is None else threshold
+    limit_score = limit["threshold"]
+    threshold = np.float32(limit_score)  # NaN where there is none
+    least = np.inf if limit_score is None else threshold
     for task, where in verdicts.ranges():
         scores = scores_of(work, task)
         low = scores < least
@@ -209,15 +213,17 @@ def write_removed(
         pyarrow.parquet.ParquetWriter(partial, schema, compression="zstd") as writer,
     ):
         for task, where in verdicts.ranges():
-            if verdicts.verdict[where].any():
-                rows = list(_removed(work, verdicts, task, names_of, boilerplate))
-                spelt = list(map(_spelt, rows))
-                table = pyarrow.Table.from_pylist(spelt, schema)
-                writer.write_table(table)
-                for row in rows:
-                    count = counts[row["reason"]]
-                    count["documents"] += 1
-                    count["bytes"] += row["bytes"]
+            of_task = verdicts.verdict[where]
+            if not of_task.any():
+                continue
+            rows = list(_removed(work, verdicts, task, names_of, boilerplate))
+            spelt = list(map(_spelt, rows))
+            table = pyarrow.Table.from_pylist(spelt, schema)
+            writer.write_table(table)
+            for row in rows:
+                count = counts[row["reason"]]
+                count["documents"] += 1
+                count["bytes"] += row["bytes"]
     return {reason: count for reason, count in counts.items() if count["documents"]}
 
 
@@ -226,6 +232,14 @@ def _removed(
 ) -> Iterator[dict[str, Any]]:
     """A row for each document of a task that is left out."""
     starts = np.array(work.starts)
+
+    def name_of(number: int) -> str:
+        """The name of a document of any task."""
+        tasks_begun = np.searchsorted(starts, number, side="right")
+        other = int(tasks_begun) - 1
+        position = number - starts[other]
+        return names_of(other)[position]
+
     names = names_of(task)
     sizes = work.sizes(task)
     scores = scores_of(work, task)
@@ -233,18 +247,17 @@ def _removed(
     for row, ngram, detail in _hits(work.overlaps(task)):
         if ngram not in boilerplate:
             overlaps.setdefault(row, detail)
-    removed = np.flatnonzero(~verdicts.kept(task))
+    is_removed = ~verdicts.kept(task)
+    removed = np.flatnonzero(is_removed)
+    first = work.starts[task]
     for row in removed.tolist():
-        number = work.starts[task] + row
+        number = first + row
         verdict = int(verdicts.verdict[number])
         earlier = int(verdicts.earlier[number])
         detail = ""
         if earlier >= 0:
-            other = int(np.searchsorted(starts, earlier, side="right")) - 1
-            position = earlier - starts[other]
-            name = names_of(other)[position]
             similarity = verdicts.similarity[number]
-            detail = f"{similarity:.3f} {name}"
+            detail = f"{similarity:.3f} {name_of(earlier)}"
         elif verdict == OVERLAP:
             detail = overlaps[row]
         elif verdict == LOW:
@@ -261,4 +274,7 @@ def _spelt(row: dict[str, Any]) -> dict[str, Any]:
 
 def _utf8(value: Any) -> Any:
     """A text as UTF-8 has it; another value as it is."""
-    return value.encode(errors="replace").decode() if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    encoded = value.encode(errors="replace")
+    return encoded.decode()
