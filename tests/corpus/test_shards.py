@@ -180,7 +180,7 @@ def test_what_is_there_is_opened_not_built(settings: DataSettings, monkeypatch: 
     first, before = build(settings), stamp(settings)
     monkeypatch.setattr("outgrow.train.corpus.build._build", lambda *_: pytest.fail("built again"))
     with monkeypatch.context() as patch:
-        patch.setattr("outgrow.train.corpus.read.files.Files.digest", lambda *_: pytest.fail("read again"))
+        patch.setattr("outgrow.train.corpus.build.content_of", lambda *_: pytest.fail("read again"))
         assert build(replace(settings, name="other")).fingerprint == first.fingerprint
         words = CleaningSettings(words="code")  # without near_duplicates nothing is compared by them
         assert build(replace(settings, clean=words)).fingerprint == first.fingerprint

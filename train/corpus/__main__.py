@@ -159,9 +159,8 @@ def score(overrides: Sequence[str]) -> None:
     corpus = open_corpus(settings.data)
     fitted = Filter(Path(settings.filter).expanduser(), settings.encoder)
     with bar("scoring", getattr(corpus, "size", None), settings.progress) as advance:
-        histogram = write_scores(
-            documents(settings.data, corpus), settings.data, fitted, Path(settings.scores), advance
-        )
+        every = documents(settings.data, corpus)
+        histogram = write_scores(every, fitted, Path(settings.scores), advance)
     print(report.scored(settings.scores, histogram))
 
 

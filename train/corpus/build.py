@@ -18,7 +18,7 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import one_at_a_time, telling_disk_faults, write_json
 from outgrow.train.corpus.progress import bar, say
 from outgrow.train.corpus.read.corpora import Corpus, open_corpus
-from outgrow.train.corpus.read.files import Files, file_digest, files_of, hash_of
+from outgrow.train.corpus.read.files import Files, content_of, files_of, hash_of
 from outgrow.train.corpus.settings import ExecutorSettings, executor_faults
 from outgrow.train.data.pretokenized import open_tokens
 from outgrow.train.data.settings import CleaningSettings, DataSettings, disagreements, read_limit
@@ -115,13 +115,15 @@ def _same_text(inputs: dict[str, Any], corpus: Corpus, progress: bool) -> bool:
     """Check whether a corpus still has the text that a manifest's `inputs` tell of."""
     if inputs["stamp"] == corpus.stamp():  # needs no reading
         return True
-    if not isinstance(corpus, Files):
-        digest = corpus.digest(lambda size: None)
-    else:
-        size = corpus.size
-        with bar("comparing the text", size, progress and size >= SLOW_BYTES) as advance:
-            digest = corpus.digest(advance, inputs.get("files"))
-    return bool(inputs["digest"] == digest)
+    if not isinstance(corpus, Files):  # of a stream, nothing else is known
+        return False
+    size = corpus.size
+    contents = []
+    with bar("comparing the text", size, progress and size >= SLOW_BYTES) as advance:
+        for file in corpus.files[: inputs.get("files")]:
+            contents.append(content_of(file))
+            advance(file.size)
+    return bool(inputs["digest"] == hash_of(contents))
 
 
 def _identity(settings: DataSettings) -> dict[str, Any]:
@@ -132,7 +134,7 @@ def _identity(settings: DataSettings) -> dict[str, Any]:
     clean = values["clean"]
     if settings.clean.benchmarks is not None:
         benchmarks = files_of(settings.clean.benchmarks, "data.clean.benchmarks")
-        clean["benchmarks"] = file_digest(benchmarks)
+        clean["benchmarks"] = hash_of(map(content_of, benchmarks))
     if settings.clean.filter is not None:
         from outgrow.train.corpus.filter.forest import filter_identity
 
@@ -189,9 +191,7 @@ def _make(
         files = pipeline.as_files(work.fetched, settings, corpus, stage)
         plan(work, settings, files)
         manifest = pipeline.make(partial, work, settings, stage)
-        inputs = pipeline.digest(work)
-    if not isinstance(corpus, Files):
-        inputs = {"digest": corpus.digest(lambda size: None)}
+        inputs = pipeline.digest(work) if isinstance(corpus, Files) else {}
     begun = json.loads((work.folder / BEGUN).read_text())
     inputs = {"stamp": begun["stamp"], **inputs}
     write_manifest(partial, {"settings": _identity(settings), "inputs": inputs, **manifest})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from outgrow.model.base.machine import cores
 from outgrow.train.corpus.filter import embed
 from outgrow.train.corpus.filter.forest import Forest
 from outgrow.train.corpus.filter.rules import label
-from outgrow.train.corpus.normalise import normalised
 from outgrow.train.corpus.read.corpora import documents, open_corpus
 from outgrow.train.data.settings import DataSettings
 
@@ -50,23 +49,21 @@ def write_labels(data: DataSettings, target: Path) -> dict[int, int]:
     count both labels."""
     counts = {0: 0, 1: 0}
     with whole_file(target) as partial, partial.open("w") as file:
-        for name, text in texts_of(data):
-            value, measured, broken = label(text)
+        for document in documents(data, open_corpus(data)):
+            value, measured, broken = label(document.text)
             counts[value] += 1
             file.write(
                 json.dumps(
-                    {"document": name, "label": value, "measured": measured, "rules_that_do_not_hold": broken}
+                    {
+                        "document": document.name,
+                        "label": value,
+                        "measured": measured,
+                        "rules_that_do_not_hold": broken,
+                    }
                 )
                 + "\n"
             )
     return counts
-
-
-def texts_of(data: DataSettings) -> Iterator[tuple[str, str]]:
-    """Names and texts of a corpus, normalised as preparing it would."""
-    for document in documents(data, open_corpus(data)):
-        text = normalised(document.text) if data.clean.normalise else document.text
-        yield document.name, text
 
 
 def read_labels(path: Path) -> dict[str, int]:
@@ -117,8 +114,8 @@ def fit(settings: FitSettings, data: DataSettings, labels: Path, out: Path) -> d
     name = settings.encoder
     revision = settings.revision
     encoder = embed.load_encoder(name, revision, settings.max_tokens)
-    every = texts_of(data)
-    labelled = ((name, text) for name, text in every if name in answers)
+    every = documents(data, open_corpus(data))
+    labelled = ((name, text) for name, text, _ in every if name in answers)
     names, features = _embedded(encoder, labelled)
     if missing := sorted(set(answers) - set(names)):
         raise UserError(

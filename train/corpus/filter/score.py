@@ -15,10 +15,8 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from outgrow.model.base.files import whole_file
 from outgrow.train.corpus.filter import embed, forest
-from outgrow.train.corpus.normalise import normalised
 from outgrow.train.corpus.read.document import Document
 from outgrow.train.corpus.workshop import Workshop
-from outgrow.train.data.settings import DataSettings
 
 BLOCK_DOCUMENTS = 256
 
@@ -91,13 +89,12 @@ class KeepScores(PipelineStep):
 
 def write_scores(
     documents: Iterable[Document],
-    data: DataSettings,
     fitted: Filter,
     target: Path,
     advance: Callable[[int], None],
 ) -> np.ndarray:
-    """Score documents, normalised as preparing them would, into the parquet file `target`: document, bytes,
-    score. Returns a histogram of 20 equal bins of the scores, int64 (20,)."""
+    """Score documents into the parquet file `target`: document, bytes, score. Returns a histogram of 20 equal
+    bins of the scores, int64 (20,)."""
     import pyarrow
     import pyarrow.parquet
 
@@ -111,8 +108,6 @@ def write_scores(
 
         def flush() -> None:
             texts = [row.text for row in rows]
-            if data.clean.normalise:
-                texts = list(map(normalised, texts))
             names = [row.name.encode(errors="replace").decode() for row in rows]
             sizes = [row.bytes for row in rows]
             scores = fitted.scores(texts)

@@ -24,9 +24,6 @@ class Stream(Protocol):
         """Every document from the tally's place on."""
 
     def stamp(self) -> str:
-        """A hash that is cheap and may change without need; when it is the same, nothing has changed."""
-
-    def digest(self, advance: Callable[[int], None]) -> str:
         """A hash that changes if and only if a document may have changed."""
 
 
@@ -56,8 +53,8 @@ def open_corpus(settings: DataSettings) -> Corpus:
 
 
 def documents(settings: DataSettings, corpus: Corpus, tally: Tally | None = None) -> Iterator[Document]:
-    """The documents of `corpus`, one after another in this process, up to the limits; the one that reaches
-    limit_bytes is the last.
+    """The documents of `corpus`, one after another in this process, normalised as preparing them would, up to
+    the limits; the one that reaches limit_bytes is the last.
 
     Raises:
         UserError: a file, or more than data.max_broken of the records, cannot be read.
@@ -65,8 +62,11 @@ def documents(settings: DataSettings, corpus: Corpus, tally: Tally | None = None
     tally = tally or Tally()
     if is_full(settings, tally):
         return
+    normalise = settings.clean.normalise
+    if normalise:
+        from outgrow.train.corpus.normalise import normalised
     for document in corpus.documents(tally):
-        yield document
+        yield document._replace(text=normalised(document.text)) if normalise else document
         if is_full(settings, tally):
             break
     tally.check_broken(settings.max_broken)

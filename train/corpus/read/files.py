@@ -11,7 +11,7 @@ import re
 import stat
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import chain
@@ -69,13 +69,13 @@ class Files:
             size += file.size
         return [tuple(task) for task in tasks]
 
-    def documents(self, tally: Tally, files: Iterable[File] | None = None) -> Iterator[Document]:
-        """The documents of `files`, or of all.
+    def documents(self, tally: Tally) -> Iterator[Document]:
+        """The documents of all files.
 
         Raises:
             UserError: a file cannot be read. Records that cannot are counted.
         """
-        for file in self.files if files is None else files:
+        for file in self.files:
             records = texts(file.path, self.column, self.limit, tally)
             for name, text in records:
                 whole_name = file.name + name
@@ -86,24 +86,13 @@ class Files:
         stamps = ((file.name, file.size, file.version) for file in self.files)
         return hash_of(stamps)
 
-    def digest(self, advance: Callable[[int], None], count: int | None = None) -> str:
-        """A hash of the names and contents of the first `count` files; `advance` is told the bytes read for
-        it."""
-        return file_digest(self.files[:count], advance)
 
-
-def file_digest(files: Iterable[File], advance: Callable[[int], None] = lambda size: None) -> str:
-    """A hash of the names and contents of files; `advance` is told the bytes read for it."""
-    return hash_of(content_of(file, advance) for file in files)
-
-
-def content_of(file: File, advance: Callable[[int], None] = lambda size: None) -> tuple[str, int, str]:
+def content_of(file: File) -> tuple[str, int, str]:
     """Name, size and hash of a file's content; behind a URL, what the store says of it.
 
     Raises:
         UserError: it cannot be read.
     """
-    advance(file.size)
     if "://" in file.path:
         return file.name, file.size, str(file.version)
     try:
@@ -153,9 +142,8 @@ def files_of(path: str, key: str) -> tuple[File, ...]:
     if glob.has_magic(expanded) and not root.exists():
         magic = [glob.has_magic(part) for part in root.parts]
         fixed = magic.index(True)
-        pattern = _pattern(root.parts[fixed:])
+        wanted = _pattern(path, key, root.parts[fixed:])
         root = Path(*root.parts[:fixed])
-        wanted = re.compile(pattern, re.DOTALL)
     listed = [str(root)] if root.is_file() else []
     root = root.parent if listed else root
     left_out = list[str]()
@@ -180,26 +168,18 @@ def _nothing(path: str, key: str, expanded: str, count: int) -> str:
     return f"{key}={path}: {reason}; give a folder or a glob with text in it"
 
 
-def _pattern(parts: tuple[str, ...]) -> str:
-    """A glob as a regular expression on paths: ** crosses folders, and only a leading dot matches hidden
-    files."""
-    result = ""
-    for number, part in enumerate(parts):
-        last = number == len(parts) - 1
-        if part == "**":
-            result += r"(?:(?!\.)[^/]+/)*" + (r"(?!\.)[^/]+" if last else "")
-            continue
-        hidden = "" if part.startswith(".") else r"(?!\.)"
-        end = "" if last else "/"
-        result += hidden + _segment(part) + end
-    return result
+def _pattern(path: str, key: str, parts: tuple[str, ...]) -> re.Pattern[str]:
+    """A glob as a regular expression on paths, as fsspec reads those of URLs: ** crosses folders.
 
+    Raises:
+        UserError: it is none.
+    """
+    from fsspec.utils import glob_translate
 
-def _segment(part: str) -> str:
-    import fnmatch
-
-    inner = fnmatch.translate(part).removeprefix("(?s:").removesuffix(r")\Z")
-    return inner.replace(".*", "[^/]*")
+    try:
+        return re.compile(glob_translate("/".join(parts)))
+    except (ValueError, re.error) as error:
+        raise UserError(f"{key}={path}: no glob ({error}); give one such as texts/**/*.md") from error
 
 
 def _walk(root: str, left_out: list[str]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -66,9 +66,6 @@ class Hub:
             named.append(values["data_dir"])
         folder = os.path.expanduser(self.settings.dataset or "")
         return hash_of([*named, *_files_of(folder)])
-
-    def digest(self, advance: Callable[[int], None]) -> str:
-        return self.stamp()
 
 
 def _files_of(folder: str) -> Iterator[tuple[str, int, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, dropwhile, islice
@@ -65,7 +65,6 @@ class Generated:
     """Items of the kind that `settings.corpus` names, as documents."""
 
     settings: DataSettings
-    size: None = None
 
     def documents(self, tally: Tally) -> Iterator[Document]:
         kind = self.settings.corpus
@@ -92,9 +91,6 @@ class Generated:
         for file in sorted(own):
             digest.update(file.read_bytes())
         return digest.hexdigest()
-
-    def digest(self, advance: Callable[[int], None]) -> str:
-        return self.stamp()
 
 
 _Batch = list[tuple[int, Item]]  # (number, item)
