@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -19,8 +20,9 @@ import pytest
 
 from outgrow.model.base.errors import UserError
 from outgrow.train.corpus import executors, prepare
-from outgrow.train.corpus.executors import pool
+from outgrow.train.corpus.executors import nothing
 from outgrow.train.corpus.settings import ExecutorSettings
+from outgrow.train.corpus.workers import AHEAD, pool
 from outgrow.train.data import DataSettings
 
 WORDS = np.array(
@@ -180,6 +182,25 @@ def test_after_a_change_what_other_files_were_read_to_is_kept(
     assert first.fingerprint == prepare(fresh, progress=False).fingerprint
 
 
+@pytest.mark.slow
+def test_a_tokenizer_that_changed_since_the_build_was_stopped_is_taken(
+    settings: DataSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    small, large = (
+        prepare(
+            replace(settings, folder=str(tmp_path / str(size)), vocab_size=size), progress=False
+        ).tokenizer_folder
+        for size in (290, 300)
+    )
+    own = shutil.copytree(small, tmp_path / "own")
+    cut = replace(settings, tokenizer=str(own))
+    tasks_done(cut, monkeypatch, "tokenise", 1)
+    shutil.copytree(large, own, dirs_exist_ok=True)
+    fresh = replace(cut, folder=str(tmp_path / "fresh"))
+    assert tasks_done(cut, monkeypatch, "read") == tasks_done(fresh, monkeypatch, "read")
+    assert contents(cut.home) == contents(fresh.home)
+
+
 PROCESS = """
 import sys
 import outgrow.train.corpus.read.files
@@ -214,7 +235,7 @@ def test_kill_9_at_any_moment_leaves_a_build_that_goes_on(settings: DataSettings
 
 def test_a_worker_that_is_killed_is_told(settings: DataSettings) -> None:
     with pytest.raises(UserError, match=r"a worker process was killed.*data\.workers=1"), pool(2) as run:
-        list(run(os._exit, [(9,)]))
+        list(run(os._exit, [(9,)], nothing))
 
 
 def test_jobs_are_drawn_as_they_are_needed() -> None:
@@ -226,10 +247,25 @@ def test_jobs_are_drawn_as_they_are_needed() -> None:
             yield (-i,)
 
     with pool(2) as run:
-        results = run(abs, jobs())
+        results = run(abs, jobs(), lambda: drawn.append(-1))
         assert [next(results) for _ in range(3)] == [0, 1, 2]
-        assert len(drawn) < 10
+        assert drawn == [
+            *range(2 * AHEAD),
+            -1,
+            2 * AHEAD,
+            2 * AHEAD + 1,
+        ]  # the rest waits, `meanwhile` did not
         assert list(results) == list(range(3, 100))
+
+
+def test_one_worker_is_this_process() -> None:
+    done: list[object] = []
+    with pool(1) as run:
+        assert (
+            list(run(lambda i: done.append(i) or os.getpid(), [(0,), (1,)], lambda: done.append("first")))
+            == [os.getpid()] * 2
+        )
+    assert done == ["first", 0, 1]
 
 
 # ---- a scheduler -------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ tokenise    ids of each document, and their shards
 workshop    where all this lies until it is done
 verdicts    what became of each document
 executors   this machine, Slurm or Ray
+workers     processes on this machine
 build       `prepare`: built once, whole or absent
 
 Training reads what this writes (train/data) and needs none of it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,14 +17,16 @@ from typing import TYPE_CHECKING, Any, cast
 from outgrow.model.base.atomic import partial_of, take_place
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import one_at_a_time, telling_disk_faults, write_json
+from outgrow.model.keys import without
 from outgrow.train.corpus.progress import bar, say
 from outgrow.train.corpus.read.corpora import Corpus, open_corpus
 from outgrow.train.corpus.read.files import Files, content_of, files_of, hash_of
 from outgrow.train.corpus.settings import ExecutorSettings, executor_faults
+from outgrow.train.corpus.workers import begin_imports
 from outgrow.train.data.pretokenized import open_tokens
 from outgrow.train.data.settings import CleaningSettings, DataSettings, disagreements, read_limit
 from outgrow.train.data.shards import TOKENIZER, TokenData, open_data, read_manifest, write_manifest
-from outgrow.train.data.tokenizer import TRAIN, tokenizer_identity
+from outgrow.train.data.tokenizer import TRAIN, tokenizer_identity, tokenizer_stamp
 
 if TYPE_CHECKING:
     from outgrow.train.corpus.workshop import Workshop
@@ -126,8 +129,14 @@ def _same_text(inputs: dict[str, Any], corpus: Corpus, progress: bool) -> bool:
     return bool(inputs["digest"] == hash_of(contents))
 
 
-def _identity(settings: DataSettings) -> dict[str, Any]:
-    """Everything but the text that decides what is written, as JSON has it: a manifest is held against it."""
+def _identity(
+    settings: DataSettings, of_tokenizer: Callable[[str | None], Any] = tokenizer_identity
+) -> dict[str, Any]:
+    """Everything but the text that decides what is written, as JSON has it: a manifest is held against it.
+
+    Args:
+        of_tokenizer: tells the tokenizer of a name from others.
+    """
     values = asdict(settings)
     for key in ELSEWHERE:
         del values[key]
@@ -142,7 +151,7 @@ def _identity(settings: DataSettings) -> dict[str, Any]:
     clean.pop("encoder")  # where it lies; which one it is, the filter says
     if settings.clean.near_duplicates is None:  # nothing else is compared by these words
         clean["words"] = CleaningSettings.words
-    values["tokenizer"] = tokenizer_identity(settings.tokenizer)
+    values["tokenizer"] = of_tokenizer(settings.tokenizer)
     identity = json.dumps({"format": FORMAT, **values})
     return cast(dict[str, Any], json.loads(identity))
 
@@ -176,6 +185,9 @@ def _make(
     partial: Path, settings: DataSettings, corpus: Corpus, executor: ExecutorSettings, progress: bool
 ) -> None:
     """Go through the pipeline, and write the manifest last."""
+    workers = _worker_count(settings, corpus)
+    if executor.executor == "local":
+        begin_imports(workers)  # beside those of this process
     try:
         from outgrow.train.corpus import pipeline
         from outgrow.train.corpus.executors import stages
@@ -185,11 +197,11 @@ def _make(
             f"making tokens from text needs datatrove ({error}): pip install -e '.[corpus]'"
         ) from error
     work = Workshop(partial / "work")
-    begin(partial, work, settings, corpus, progress)
-    workers = _worker_count(settings, corpus)
+    identity = _identity(settings, tokenizer_stamp)  # loading it takes seconds, in which others read
+    begin(partial, work, identity, corpus, progress)
     with stages(executor, workers, work.stages, progress=progress) as stage:
         files = pipeline.as_files(work.fetched, settings, corpus, stage)
-        plan(work, settings, files)
+        plan(work, identity, read_limit(settings), files)
         manifest = pipeline.make(partial, work, settings, stage)
         inputs = pipeline.digest(work) if isinstance(corpus, Files) else {}
     begun = json.loads((work.folder / BEGUN).read_text())
@@ -197,11 +209,11 @@ def _make(
     write_manifest(partial, {"settings": _identity(settings), "inputs": inputs, **manifest})
 
 
-def begin(partial: Path, work: Workshop, settings: DataSettings, corpus: Corpus, progress: bool) -> None:
+def begin(partial: Path, work: Workshop, identity: dict[str, Any], corpus: Corpus, progress: bool) -> None:
     """Go on in what a stopped build of the same text and settings left; of another's, keep what the same
     files were read to."""
     # before reading, so that a change meanwhile is noticed next time
-    wanted = {"settings": _identity(settings), "stamp": corpus.stamp()}
+    wanted = {"settings": identity, "stamp": corpus.stamp()}
     record = work.folder / BEGUN
     has_ended = (partial / "manifest.json").exists()
     is_open = record.is_file() and not has_ended
@@ -220,14 +232,12 @@ def begin(partial: Path, work: Workshop, settings: DataSettings, corpus: Corpus,
     write_json(record, wanted)
 
 
-def plan(work: Workshop, settings: DataSettings, files: Files) -> None:
+def plan(work: Workshop, identity: dict[str, Any], limit: int | None, files: Files) -> None:
     """Deal the files to tasks, each named by what it reads and how."""
     if work.plan.is_file():
         return
-    identity = _identity(settings)
-    for key in LATER:
-        del identity[key]
-    how = [identity, read_limit(settings)]
+    of_reading = without(identity, LATER)
+    how = [of_reading, limit]
     names = []
     for task in files.tasks:
         entries = [[file.name, file.path, file.size, file.version] for file in task]

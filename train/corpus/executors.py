@@ -1,26 +1,14 @@
-"""Executors of a step's tasks: this machine (concurrent.futures), Slurm or Ray (datatrove's executors). The
-bytes are the same for each.
-
-datatrove's own local pool waits for ever when a worker is killed (so does its Ray executor's, inside a job);
-this one says so.
-"""
+"""Executors of a step's tasks: this machine (workers.py), Slurm or Ray (datatrove's executors). The bytes are
+the same for each."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,16 +22,27 @@ from outgrow.model.base.errors import UserError, first_line
 from outgrow.model.keys import without
 from outgrow.train.corpus.progress import bar
 from outgrow.train.corpus.settings import ExecutorSettings
+from outgrow.train.corpus.workers import Meanwhile, Run, pool
 
-AHEAD = 2  # tasks in flight for each worker: one at work, one waiting
-Arguments = Iterable[tuple[Any, ...]]  # of each call
-Run = Callable[[Callable[..., Any], Arguments], Iterator[Any]]
+
+def nothing() -> None:
+    """Do nothing meanwhile."""
 
 
 class Stage(Protocol):
-    """Does a pipeline, once for each of its tasks; those that were done before are not done again."""
+    """Does a pipeline, once for each of its tasks; those that were done before are not done again. While
+    others are at work, this process does `meanwhile`.
+    """
 
-    def __call__(self, name: str, pipeline: list[PipelineStep], tasks: int, *, title: str = "") -> None: ...
+    def __call__(
+        self,
+        name: str,
+        pipeline: list[PipelineStep],
+        tasks: int,
+        *,
+        title: str = "",
+        meanwhile: Meanwhile = nothing,
+    ) -> None: ...
 
 
 @contextmanager
@@ -60,15 +59,30 @@ def stages(settings: ExecutorSettings, workers: int, folder: Path, *, progress: 
     if settings.executor == "local":
         with pool(workers) as run:
 
-            def local(name: str, pipeline: list[PipelineStep], tasks: int, *, title: str = "") -> None:
+            def local(
+                name: str,
+                pipeline: list[PipelineStep],
+                tasks: int,
+                *,
+                title: str = "",
+                meanwhile: Meanwhile = nothing,
+            ) -> None:
                 with bar(title, tasks, progress and bool(title)) as advance:
-                    LocalExecutor(pipeline, tasks, folder / name, run, advance).run()
+                    LocalExecutor(pipeline, tasks, folder / name, run, advance, meanwhile).run()
 
             yield local
         return
     make = _slurm if settings.executor == "slurm" else _ray
 
-    def elsewhere(name: str, pipeline: list[PipelineStep], tasks: int, *, title: str = "") -> None:
+    def elsewhere(
+        name: str,
+        pipeline: list[PipelineStep],
+        tasks: int,
+        *,
+        title: str = "",
+        meanwhile: Meanwhile = nothing,
+    ) -> None:
+        meanwhile()
         make(settings, workers, name, pipeline, tasks, folder / name)
 
     yield elsewhere
@@ -81,15 +95,22 @@ class LocalExecutor(PipelineExecutor):
     """datatrove's executor over concurrent.futures, or in this process."""
 
     def __init__(
-        self, pipeline: list[PipelineStep], tasks: int, folder: Path, run: Run, advance: Callable[[int], None]
+        self,
+        pipeline: list[PipelineStep],
+        tasks: int,
+        folder: Path,
+        run: Run,
+        advance: Callable[[int], None],
+        meanwhile: Meanwhile,
     ) -> None:
         super().__init__(pipeline, str(folder))
         self.tasks = tasks
         self._run = run
         self._advance = advance
+        self._meanwhile = meanwhile
 
     def __getstate__(self) -> dict[str, Any]:
-        return without(vars(self), ("_run", "_advance"))
+        return without(vars(self), ("_run", "_advance", "_meanwhile"))
 
     @property
     def world_size(self) -> int:
@@ -102,7 +123,8 @@ class LocalExecutor(PipelineExecutor):
     def run(self) -> None:
         missing = self.get_incomplete_ranks()
         self._advance(self.tasks - len(missing))
-        for _ in self._run(_run_task, ((self, rank) for rank in missing)):
+        jobs = ((self, rank) for rank in missing)
+        for _ in self._run(_run_task, jobs, self._meanwhile):
             self._advance(1)
 
 
@@ -110,65 +132,6 @@ def _run_task(executor: LocalExecutor, rank: int) -> None:
     logger.disable("datatrove")  # its lines would go through the progress bars; the files of statistics stay
     fresh = deepcopy(executor) if hasattr(executor, "_run") else executor
     fresh._run_for_rank(rank)
-
-
-@contextmanager
-def pool(count: int) -> Iterator[Run]:
-    """Yield `run(function, jobs)`: function(*job) for each job, in order; jobs are drawn as they are needed,
-    so memory is bounded.
-
-    One worker is this process itself. More are processes of their own that end with this one, however it
-    ends.
-
-    Raises:
-        UserError: a worker was killed.
-    """
-    if count == 1:
-        yield lambda function, jobs: (function(*job) for job in jobs)
-        return
-    context = get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.pipeline"])  # one process imports for all
-    executor = ProcessPoolExecutor(count, mp_context=context, initializer=_begin)
-    try:
-        yield partial(_in_order, executor, AHEAD * count)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed, most likely for want of memory; start the same command again "
-            f"with fewer of them (data.workers={max(1, count // 2)}): it goes on where it stopped. (A "
-            "script that calls prepare has to do so under if __name__ == '__main__', or with "
-            "data.workers=1.)"
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _in_order(
-    executor: ProcessPoolExecutor, most: int, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]
-) -> Iterator[Any]:
-    waiting: deque[Future[Any]] = deque()
-    for job in jobs:
-        waiting.append(executor.submit(function, *job))
-        if len(waiting) >= most:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _begin() -> None:
-    """Prepare a worker: leave Ctrl-C to the parent, end when it ends (a parent that is killed cannot say so),
-    and use one core.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    if parent is not None:
-        sentinel = parent.sentinel
-
-        def end_with_parent() -> None:
-            wait([sentinel])
-            os._exit(1)
-
-        threading.Thread(target=end_with_parent, daemon=True).start()
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
 # ---- a cluster ---------------------------------------------------------------------------------------------

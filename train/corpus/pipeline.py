@@ -77,6 +77,7 @@ from outgrow.train.data.shards import SPLITS, TOKENIZER, dtype_of, fingerprint, 
 from outgrow.train.data.tokenizer import (
     described,
     entries,
+    import_library,
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,
@@ -111,13 +112,16 @@ def make(partial: Path, work: Workshop, settings: DataSettings, stage: Stage) ->
     removed = write_removed(work, verdicts, partial / REMOVED, boilerplate)
     # Split what stays into training and validation text.
     split = split_of(work, verdicts, settings)
-    if clean.near_duplicates is None:
-        cleaning |= near_across(work, verdicts, split, clean.words)
-    # Tokenise, each document by itself.
+    # Tokenise, each document by itself; meanwhile, look for near copies across the split.
     tokenizer = make_tokenizer(partial, work, verdicts, split, settings)
     dtype = dtype_of(entries(tokenizer))
     steps = [Kept(work), Tokenise(work, split, dtype)]
-    stage("tokenise", steps, len(work.counts), title="tokenising")
+
+    def compare() -> None:
+        if clean.near_duplicates is None:
+            cleaning.update(near_across(work, verdicts, split, clean.words))
+
+    stage("tokenise", steps, len(work.counts), title="tokenising", meanwhile=compare)
     # Cut the ids into shards, and say what is in them.
     splits = pack(partial, work, settings, dtype, stage)
     tokens = sum(split["tokens"] for split in splits.values())
@@ -169,7 +173,7 @@ def read(work: Workshop, settings: DataSettings, stage: Stage) -> None:
     if benchmarks is not None and not summary.is_file():
         write_json(summary, write_benchmarks(benchmarks, work.folder / NGRAMS))
     steps = reading(work, settings)
-    stage("read", steps, len(work.tasks), title="reading")
+    stage("read", steps, len(work.tasks), title="reading", meanwhile=import_library)
     counts, tally = settle(work, settings, stage)
     tally.check_broken(settings.max_broken)
     for fault in tally.broken:

@@ -76,6 +76,11 @@ def _bounded(text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def import_library() -> None:
+    """Import what loading or training a tokenizer needs, which takes seconds."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or of a model on the hub; no code of theirs is run.
 
@@ -245,6 +250,16 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """A fingerprint of everything that decides how text becomes tokens."""
     text = tokenizer.backend_tokenizer.to_str()
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tokenizer_stamp(name: str | None) -> Any:
+    """Sizes and times of a tokenizer's files, by which a change of it is known before it is loaded; a hub
+    name stands for itself."""
+    folder = None if name is None else _folder(name)
+    if folder is None:
+        return name
+    states = [path.stat() for path in sorted(folder.glob("*")) if path.name in FILES]
+    return [[state.st_size, state.st_mtime_ns] for state in states]
 
 
 def tokenizer_identity(name: str | None) -> str | None:
