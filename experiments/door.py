@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from outgrow.model.base.compose import CONF
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.settings import CONF, paths_and_overrides
+from outgrow.model.base.overrides import paths_and_overrides
 
 Work = Callable[[list[str], list[str]], None]
 

@@ -14,8 +14,9 @@ import yaml
 
 from outgrow.experiments.runs import SOURCE
 from outgrow.experiments.study_file import Study, load_study
+from outgrow.model.base.compose import CONF
 from outgrow.model.base.errors import UserError, did_you_mean
-from outgrow.model.base.settings import CONF, read
+from outgrow.model.base.settings import read
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def numbers(text: Path) -> Iterator[tuple[str, str]]:
 
 
 def _conf() -> Path:
-    from outgrow.model.base.settings import CONF
+    from outgrow.model.base.compose import CONF
 
     return CONF
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outgrow.experiments.runs import CONTROLS, SCRATCH, SOURCE
+from outgrow.model.base.compose import CONF, load_yaml
 from outgrow.model.base.errors import UserError, did_you_mean, unknown
-from outgrow.model.base.settings import CONF, load_yaml, read
+from outgrow.model.base.settings import read
 from outgrow.train.settings import horizon_runs
 
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from outgrow.model.base.compose import CONF, compose_config
 from outgrow.model.base.errors import UserError, not_installed
 from outgrow.model.base.interrupt import started
-from outgrow.model.base.settings import CONF, compose_config, settings_of
+from outgrow.model.base.settings import settings_of
 
 if TYPE_CHECKING:
     from outgrow.growth.engine.rows import Reader

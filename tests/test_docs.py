@@ -35,8 +35,9 @@ from outgrow.growth.changes import CHANGES
 from outgrow.growth.layers import LAYER_MAPS, layer_map
 from outgrow.growth.learned.lessons import LEARNED
 from outgrow.growth.operators import OPERATORS
+from outgrow.model.base.compose import compose_config, plain
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.settings import compose_config, plain, read
+from outgrow.model.base.settings import read
 from outgrow.model.build import to_hf_config
 from outgrow.model.geometry import parameter_count
 from outgrow.model.presets import PRESETS, preset
@@ -139,7 +140,7 @@ def commands(page: str) -> Iterator[list[str]]:
 
 
 def check_train(arguments: list[str]) -> None:
-    from outgrow.model.base.settings import sweep_points
+    from outgrow.model.base.compose import sweep_points
     from outgrow.train.settings import compose
 
     swept = "-m" in arguments
@@ -276,7 +277,7 @@ def conf_of_a_reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_command_is_one_that_the_doors_take(
     words: list[str], conf_of_a_reader: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for room in ("model.base.settings", "train.start.naming", "train.settings"):
+    for room in ("model.base.compose", "train.start.naming", "train.settings"):
         monkeypatch.setattr(f"outgrow.{room}.CONF", conf_of_a_reader)
     check(words)
 

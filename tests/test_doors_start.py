@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from outgrow.growth.__main__ import settings_from
+from outgrow.model.base.compose import compose_config, load_yaml
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.settings import compose_config, load_yaml
 from outgrow.train.settings import compose
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -32,9 +32,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from outgrow.model.base.compose import CONF
 from outgrow.model.base.errors import UserError, in_one_line
 from outgrow.model.base.interrupt import started
-from outgrow.model.base.settings import CONF, plain_text
+from outgrow.model.base.overrides import plain_text
 from outgrow.train.run.trackers import check_installed
 from outgrow.train.settings import Settings, compose, settings_from
 from outgrow.train.start.naming import tell_changes
@@ -122,7 +123,7 @@ def _check_sweep(overrides: list[str]) -> list[Settings]:
     Raises:
         UserError: a point is at fault, two would train in one folder, or what starts the jobs is missing.
     """
-    from outgrow.model.base.settings import sweep_points
+    from outgrow.model.base.compose import sweep_points
     from outgrow.train.start.naming import same_folder
 
     _check_launcher(overrides)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from outgrow.growth.learned.lessons import LEARNED
+from outgrow.model.base.compose import CONF, compose_config
 from outgrow.model.base.errors import UserError, did_you_mean
-from outgrow.model.base.settings import CONF, compose_config, settings_of
+from outgrow.model.base.settings import settings_of
 from outgrow.train.data.settings import DataSettings, MixtureSettings, mixture_disagreements
 from outgrow.train.data.settings import disagreements as data_disagreements
 from outgrow.train.schedule import REWARM, SCHEDULES, ScheduleSettings

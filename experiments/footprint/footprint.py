@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from outgrow.experiments.suite.evaluate import checkpoint_of, titles
+from outgrow.model.base.compose import CONF, compose_config
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import read_object
-from outgrow.model.base.settings import CONF, compose_config, settings_of
+from outgrow.model.base.settings import settings_of
 from outgrow.train.run.folder import RUN, SUMMARY
 from outgrow.train.run.record import RunRecord, Summary
 from outgrow.train.start.source import LEDGER

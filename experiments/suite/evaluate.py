@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from outgrow.model.base.compose import CONF, compose_config
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import read_object, write_json
-from outgrow.model.base.settings import CONF, compose_config, settings_of
+from outgrow.model.base.settings import settings_of
 from outgrow.model.checkpoint import locate
 from outgrow.model.gguf import gguf_in
 from outgrow.train.run.folder import FINAL, RUN

@@ -116,7 +116,7 @@ def test_the_settings_of_each_run_are_those_that_hydra_composes(
     """Runs of a study share what was composed once; here every override of each goes through Hydra itself."""
     from hydra import compose, initialize_config_dir
 
-    from outgrow.model.base.settings import CONF
+    from outgrow.model.base.compose import CONF
     from outgrow.train.settings import settings_from
 
     for job in grids["tiny_rewarm"]:

@@ -22,8 +22,8 @@ from outgrow.growth.layers import among_kinds
 from outgrow.growth.operators import OPERATORS, default_noise
 from outgrow.growth.recipe import Recipe
 from outgrow.growth.record import recorded_plan
+from outgrow.model.base.compose import compose_config
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.settings import compose_config
 from outgrow.model.build import load_model
 from outgrow.model.family import families
 

@@ -13,9 +13,10 @@ import pytest
 
 from outgrow.growth import grow
 from outgrow.growth.__main__ import CONF, main, settings_from
+from outgrow.model.base.compose import compose_config
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.interrupt import started
-from outgrow.model.base.settings import compose_config, paths_and_overrides, plain_text
+from outgrow.model.base.overrides import paths_and_overrides, plain_text
 
 NAMES = [
     "lr=0.1", "a[1]", "[a]", "a (copy)", "(a)", "a#b", "#a", "~a", "a~", "größe", "モデル", "a'b", "a'", 'a"b', "a b", "a;b", "a&b",
@@ -129,7 +130,7 @@ def test_training_still_chooses_its_optimizer_by_group(here: Path) -> None:
 
 
 def test_a_sweep_passes_paths_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from outgrow.model.base.settings import sweep_points
+    from outgrow.model.base.compose import sweep_points
 
     text = plain_text("source=~/lr=0.1")
     assert sweep_points(["growth=tile,stack", text]) == [["growth=tile", text], ["growth=stack", text]]

@@ -256,7 +256,7 @@ def test_a_job_that_hydra_runs_composes_the_defaults_of_its_name() -> None:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from outgrow.model.base.settings import compose_config
+    from outgrow.model.base.compose import compose_config
     from outgrow.train.settings import CONF
 
     with initialize_config_dir(str(CONF), version_base="1.3"):

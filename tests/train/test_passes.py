@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from outgrow.model.base.settings import CONF
+from outgrow.model.base.compose import CONF
 from outgrow.train.corpus.read.corpora import open_corpus
 from outgrow.train.data.settings import DataSettings, MixtureSettings, PhaseSettings, SourceSettings
 from outgrow.train.data.shards import fingerprint

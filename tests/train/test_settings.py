@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from outgrow.model.base.compose import CONF, compose_config, load_yaml, sweep_points
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.settings import CONF, compose_config, load_yaml, sweep_points
 from outgrow.train.settings import Budget, compose, identity, settings_hash
 
 GOOD = ["growth=scratch", "target=tiny_target"]

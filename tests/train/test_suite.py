@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import pytest
 
 from helpers.tasks import CHOICE, QUESTIONS, write_task
+from outgrow.model.base.compose import CONF
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.settings import CONF
 from outgrow.train.suite import metrics
 from outgrow.train.suite.suite import BenchmarkTask, Suite, group_averages, load_suite
 

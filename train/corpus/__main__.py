@@ -25,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from outgrow.model.base.compose import CONF, compose_config
 from outgrow.model.base.errors import UserError, unknown
 from outgrow.model.base.interrupt import started
-from outgrow.model.base.settings import CONF, compose_config, settings_of
+from outgrow.model.base.settings import settings_of
 from outgrow.train.corpus import report
 from outgrow.train.corpus.settings import ExecutorSettings, executor_faults
 from outgrow.train.data.settings import DataSettings, disagreements

@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outgrow.model.base.settings import CONF, compose_config, plain
+from outgrow.model.base.compose import CONF, compose_config, plain
 from outgrow.model.keys import is_number
 from outgrow.train.start.neutral import flatten, is_neutral, is_text
 

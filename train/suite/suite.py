@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from outgrow.model.base.compose import CONF, yaml_fault
 from outgrow.model.base.errors import UserError, unknown
-from outgrow.model.base.settings import CONF, read, yaml_fault
+from outgrow.model.base.settings import read
 
 
 @dataclass(frozen=True)

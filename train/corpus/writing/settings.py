@@ -9,8 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from outgrow.model.base.compose import CONF, compose_config
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.settings import CONF, compose_config, settings_of
+from outgrow.model.base.settings import settings_of
 
 PLACES = ("{topic}", "{audience}")
 
