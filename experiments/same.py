@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 ROOMS = ("model", "growth", "train", "experiments", "conf")
@@ -153,9 +154,9 @@ def numbers(text: Path) -> Iterator[tuple[str, str]]:
 
 
 def _conf() -> Path:
-    from outgrow.model.base.compose import CONF
-
-    return CONF
+    """The configurations of the tree that is measured, by no name that an older one may not have."""
+    rooms = Path(str(files("outgrow.model"))).parent
+    return rooms / "conf"
 
 
 def _random_source(folder: Path) -> None:
