@@ -315,10 +315,10 @@ STEPS = (  # of the pipeline, whose, why; and the task that tells rates
     (
         "order of steps, tasks, restart, statistics, Slurm, Ray",
         "datatrove's",
-        "maintained by the field; same bytes here and through `sbatch`",
+        "maintained by the field; same bytes here, through `sbatch` and on Ray",
         None,
     ),
-    ("the local pool", "ours, 40 lines", "a worker that is killed is told; datatrove's waits for ever", None),
+    ("the local pool", "ours, one file", "a worker that is killed is told; datatrove's waits for ever", None),
     (
         "reading",
         "ours",
