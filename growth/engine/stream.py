@@ -65,19 +65,9 @@ def write_weights(
     done = 0
 
     def write(expander: Expander) -> int:
-        """Expand one tensor into its shard and return its bytes; one array serves all its blocks."""
-        raw = RAW[expander.dtype]
-        columns = expander.matrix[1]
-        row_bytes = columns * raw.itemsize
+        """Write one tensor into its shard and return its bytes."""
         if not expander.is_blank:  # zeros are what a new file holds
-            blocks = list(expander.blocks())
-            _, most_rows = blocks[0]
-            buffer = np.empty((most_rows, columns), raw)
-            name = expander.step.name
-            for start, stop in blocks:
-                block = buffer[: stop - start]
-                expander.fill(block, start)
-                writer.write(name, start * row_bytes, block)
+            _write_blocks(expander, writer)
         return plan.nbytes(expander.step)
 
     pool = ThreadPoolExecutor(threads)
@@ -93,3 +83,19 @@ def write_weights(
     finally:
         pool.shutdown(cancel_futures=True)
         writer.close()
+
+
+def _write_blocks(expander: Expander, writer: ShardWriter) -> None:
+    """Expand one tensor into its shard, block by block; one array serves all of them."""
+    name = expander.step.name
+    raw = RAW[expander.dtype]
+    columns = expander.width
+    row_bytes = columns * raw.itemsize
+    blocks = list(expander.blocks())
+    _, most_rows = blocks[0]
+    buffer = np.empty((most_rows, columns), raw)
+    for start, stop in blocks:
+        rows = stop - start
+        block = buffer[:rows]
+        expander.fill(block, start)
+        writer.write(name, start * row_bytes, block)

@@ -8,7 +8,6 @@ names.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from outgrow.model.base.errors import in_one_line
 from outgrow.model.build import computing_in
+from outgrow.model.derive.norms import NO_NORM, find_norms
 from outgrow.model.derive.pictures import with_picture
+from outgrow.model.derive.places import find_places, parameters_and_buffers
 from outgrow.model.derive.probe import scramble, stored
 from outgrow.model.derive.unfit import Unfit
 
@@ -37,7 +38,6 @@ CONTRACTIONS = {
     aten.dot: ((0, -1), (1, -1)),
 }
 COPIES = (aten._to_copy, aten.clone, aten.contiguous, aten.neg, aten.exp, aten.softplus, aten.sigmoid)
-PAINT = 1 << 20  # apart by more than any axis of a tiny model is long
 
 _Stored = tuple[str, dict[int, int]]  # (parameter, stride → its axis)
 
@@ -95,10 +95,10 @@ def sightings(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Sightin
         Unfit: the model does not run on token ids alone.
     """
     scramble(model)
-    places = _places(model)
+    places = find_places(model)
     watch = _Watch(model)
     by_text = _run(model, tokens, watch)
-    norms = _norms(model, watch)
+    norms = find_norms(model, watch.inputs, watch.outputs)
     seen = {}
     for name, place in places.items():
         parameter = place.parameter
@@ -107,7 +107,7 @@ def sightings(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Sightin
         reads = tuple(axis is not None and axis in contracted for axis in place.axes)
         if not used:
             reads = _by_class(model, parameter, reads)
-        norm = norms.get(parameter, _NO_NORM)
+        norm = norms.get(parameter, NO_NORM)
         seen[name] = Sighting(
             shape=place.shape,
             parameter=parameter,
@@ -197,7 +197,7 @@ class _Watch(TorchDispatchMode):
         self.outputs: dict[str, torch.Tensor] = {}
         self._alive: list[torch.Tensor] = []  # so that no storage is reused
         self._axes: dict[int, _Stored] = {}  # by storage
-        for name, parameter in _parameters_and_buffers(model):
+        for name, parameter in parameters_and_buffers(model):
             strides = enumerate(parameter.stride())
             axes = {stride: axis for axis, stride in strides}
             self._follow(parameter, name, axes)
@@ -266,12 +266,6 @@ def _storage(tensor: torch.Tensor) -> int:
     return storage.data_ptr()
 
 
-def _parameters_and_buffers(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
-    parameters = model.named_parameters()
-    buffers = model.named_buffers()
-    return [*parameters, *buffers]
-
-
 def _hooks(model: PreTrainedModel, watch: _Watch) -> ExitStack:
     """Keep the inputs and outputs of every module that owns parameters, as long as the stack is open."""
     stack = ExitStack()
@@ -290,181 +284,3 @@ def _hooks(model: PreTrainedModel, watch: _Watch) -> ExitStack:
         hook = module.register_forward_hook(keep)
         stack.callback(hook.remove)
     return stack
-
-
-@dataclass(frozen=True)
-class _Norm:
-    """The norm that a parameter is the scale or the shift of; the fields are those of `Sighting`."""
-
-    kind: str | None
-    offset: float
-    role: str
-
-
-_NO_NORM = _Norm(None, 0.0, "")
-
-
-def _norms(model: PreTrainedModel, watch: _Watch) -> dict[str, _Norm]:
-    """Find the parameters of every module that behaves as a norm over its last axis."""
-    modules = dict(model.named_modules())
-    matrices = {name for name, module in modules.items() if _has_matrix(module)}
-    head = model.get_output_embeddings()
-    heads = {name for name, module in modules.items() if module is head}
-    read = [(reader, entries) for reader, entries in watch.inputs if reader in matrices]
-    norms = {}
-    for name, out in watch.outputs.items():
-        module = modules[name]
-        behaviour = _behaviour_of(module)
-        if behaviour is None:
-            continue
-        readers = {reader for reader, entries in read if _same(entries, out)}
-        role = "norm" if readers else "post norm"
-        if readers & heads:
-            role = "final norm"
-        norm = _Norm(*behaviour, role)
-        for part, _ in module.named_parameters(recurse=False):
-            norms[f"{name}.{part}"] = norm
-    return norms
-
-
-def _behaviour_of(module: torch.nn.Module) -> tuple[str, float] | None:
-    """Test whether a module with a vector of weights and no modules of its own is a norm (`_behaviour`)."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 1:
-        return None
-    children = list(module.children())
-    if children:
-        return None
-    return _behaviour(module, weight)
-
-
-def _has_matrix(module: torch.nn.Module) -> bool:
-    own = module.parameters(recurse=False)
-    return any(parameter.ndim > 1 for parameter in own)
-
-
-def _behaviour(module: torch.nn.Module, weight: torch.Tensor) -> tuple[str, float] | None:
-    """Test whether `module` normalises its last axis: ("layer" or "rms", offset of its scale), else None."""
-    numbers = torch.Generator().manual_seed(0)
-    width = len(weight)
-    inputs = torch.randn(3, width, generator=numbers, dtype=torch.float64)
-    stored_weight = weight.data
-    try:
-        out = module(inputs)
-        doubled = module(2 * inputs)
-        shifted = module(inputs + 5)
-        kept = stored_weight.clone()
-        stored_weight.zero_()
-        unscaled = module(inputs)
-        stored_weight.copy_(kept)
-    except Exception:  # a module that takes more than one tensor is no plain norm
-        return None
-    # A norm gives the same for twice the input, and is no plain product with its weight.
-    same_for_double = torch.allclose(out, doubled, rtol=1e-2, atol=1e-2)
-    if not same_for_double:
-        return None
-    product = inputs * weight
-    if torch.allclose(out, product, rtol=1e-3):
-        return None
-    bias = getattr(module, "bias", None)
-    nothing = torch.zeros_like(unscaled)
-    if bias is not None:
-        nothing = bias.expand_as(unscaled)
-    offset = 0.0 if torch.allclose(unscaled, nothing) else 1.0
-    removes_mean = torch.allclose(out, shifted, rtol=1e-3, atol=1e-3)
-    return ("layer" if removes_mean else "rms"), offset
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Check that two tensors hold the same entries, in rows of the same length."""
-    length = one.shape[-1]
-    same_rows = length == other.shape[-1]
-    same_size = one.numel() == other.numel()
-    if not (same_rows and same_size):
-        return False
-    return torch.equal(one.flatten(), other.flatten())
-
-
-@dataclass
-class _Place:
-    """One stored tensor: its shape, the parameter that it becomes, and the parameter's axis for each of its
-    axes.
-    """
-
-    shape: tuple[int, ...]
-    parameter: str
-    axes: list[int | None]
-
-
-def _places(model: PreTrainedModel) -> dict[str, _Place]:
-    """Find the place of each stored tensor in the model.
-
-    Every parameter is painted with its own number plus the coordinate along one axis; what the library then
-    would save shows where parameter and axis went, through whatever it splits, joins, transposes and renames.
-    """
-    state = _saved(model)
-    names = list(state)
-    tensors = list(state.values())
-    kept = [tensor.detach().clone() for tensor in tensors]
-    places: dict[str, _Place] = {}
-    most_axes = max(tensor.ndim for tensor in tensors)
-    for axis in range(most_axes):
-        for number, tensor in enumerate(tensors):
-            _paint(tensor, number, axis)
-        for name, painted in stored(model).items():
-            has_paint = painted.is_floating_point() and painted.numel() > 0
-            if not has_paint:
-                continue
-            number = _painted_number(painted, len(names))
-            unknown_axes: list[int | None] = [None] * painted.ndim
-            shape = tuple(painted.shape)
-            unknown = _Place(shape, names[number], unknown_axes)
-            place = places.setdefault(name, unknown)
-            for dim in _varying(painted):
-                place.axes[dim] = axis
-    for tensor, values in zip(tensors, kept, strict=True):
-        tensor.data.copy_(values)
-    return places
-
-
-def _saved(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Collect the parameters and buffers that a file would hold, of floating-point numbers."""
-    saved = {tensor.data_ptr() for tensor in model.state_dict().values()}
-    named = _parameters_and_buffers(model)
-    paintable = [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
-    return {name: tensor for name, tensor in paintable if tensor.data_ptr() in saved}
-
-
-def _paint(tensor: torch.Tensor, number: int, axis: int) -> None:
-    """Write into every entry of a tensor the tensor's number and the entry's place along one axis."""
-    paint = number * PAINT + _coordinate(tensor, axis)
-    numbered = torch.zeros_like(tensor) + paint
-    tensor.data.copy_(numbered)
-
-
-def _painted_number(painted: torch.Tensor, count: int) -> int:
-    """Read the number of the tensor that was painted, of `count`, off its first entry."""
-    first_entry = painted.flatten()[0]
-    number = int(first_entry.item() // PAINT)
-    return min(number, count - 1)
-
-
-def _coordinate(tensor: torch.Tensor, axis: int) -> torch.Tensor | int:
-    """Number the places along one axis, in a shape that broadcasts; 0 where the tensor has no such axis."""
-    if axis >= tensor.ndim:
-        return 0
-    length = tensor.shape[axis]
-    places = torch.arange(length, dtype=tensor.dtype)
-    shape = [1] * tensor.ndim
-    shape[axis] = -1
-    return places.reshape(shape)
-
-
-def _varying(tensor: torch.Tensor) -> Iterator[int]:
-    """Yield the dims along which entries differ."""
-    for dim in range(tensor.ndim):
-        if tensor.shape[dim] > 1:
-            largest = tensor.amax(dim)
-            differ = largest != tensor.amin(dim)
-            if bool(differ.any()):
-                yield dim
