@@ -199,8 +199,13 @@ def cost(
         loss = loss_at(curve.flops, curve.losses, own)
         return None if loss is None else loss - level
 
+    outcome: Outcome = "reached"
+    if starts_below:
+        outcome = "starts below"
+    elif own is None:
+        outcome = "not reached"
     return Cost(
-        outcome="not reached" if own is None else "starts below" if starts_below else "reached",
+        outcome=outcome,
         tokens=tokens,
         flops_excluded=excluded,
         flops_included=included,

@@ -102,17 +102,10 @@ def draw(arms: Sequence[Judged], path: Path) -> None:
     widths = [1.8] + [1.0] * len(texts)
     panels: Any = figure.subplots(1, len(widths), width_ratios=widths)
     falling, *finals = panels
-    coloured = list(zip(arms, itertools.cycle(COLOURS), strict=False))
+    colours = itertools.cycle(COLOURS)
+    coloured = list(zip(arms, colours, strict=False))
     for judged, colour in coloured:
-        losses = []  # of each seed
-        for curve in judged.curves:
-            tokens, own = zip(*curve, strict=True)
-            falling.plot(tokens, own, color=colour, linewidth=0.8, alpha=0.35)
-            losses.append(own)
-        tokens, _ = zip(*judged.curves[0], strict=True)
-        columns = zip(*losses, strict=True)
-        means = list(map(fmean, columns))
-        falling.plot(tokens, means, color=colour, linewidth=1.8, label=judged.arm)
+        _draw_curves(falling, judged, colour)
     falling.set(
         xlabel="tokens trained",
         ylabel="nats/token",
@@ -124,13 +117,7 @@ def draw(arms: Sequence[Judged], path: Path) -> None:
     names = [judged.arm for judged in arms]
     for text, axes in zip(texts, finals, strict=True):
         for column, (judged, colour) in enumerate(coloured):
-            ends = judged.losses[text]
-            across = [column] * len(ends)
-            axes.plot(across, ends, "o", color=colour, markersize=4, alpha=0.7)
-            left = column - 0.3
-            right = column + 0.3
-            mean = fmean(ends)
-            axes.hlines(mean, left, right, color=colour, linewidth=2)
+            _draw_ends(axes, column, judged.losses[text], colour)
         axes.set_xticks(range(len(arms)), names, rotation=40, ha="right")
         axes.set_title(f"final, {text}")
     for axes in panels:
@@ -138,6 +125,30 @@ def draw(arms: Sequence[Judged], path: Path) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, facecolor="white")
+
+
+def _draw_curves(axes: Any, judged: Judged, colour: str) -> None:
+    """Draw an arm's loss against tokens: every seed thin, their mean thick."""
+    losses = []  # of each seed
+    for curve in judged.curves:
+        tokens, own = zip(*curve, strict=True)
+        axes.plot(tokens, own, color=colour, linewidth=0.8, alpha=0.35)
+        losses.append(own)
+    first = judged.curves[0]
+    tokens, _ = zip(*first, strict=True)
+    columns = zip(*losses, strict=True)
+    means = list(map(fmean, columns))
+    axes.plot(tokens, means, color=colour, linewidth=1.8, label=judged.arm)
+
+
+def _draw_ends(axes: Any, column: int, losses: Sequence[float], colour: str) -> None:
+    """Draw an arm's final losses in its column: every seed a point, their mean a line."""
+    across = [column] * len(losses)
+    axes.plot(across, losses, "o", color=colour, markersize=4, alpha=0.7)
+    left = column - 0.3
+    right = column + 0.3
+    mean = fmean(losses)
+    axes.hlines(mean, left, right, color=colour, linewidth=2)
 
 
 def _range(arms: Sequence[Judged]) -> tuple[float, float]:
