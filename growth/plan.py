@@ -75,7 +75,7 @@ def decide(
         UserError: unknown names (with near matches), a target smaller than the source, tensors that do not
             match the schema, …
     """
-    _check_growable(growth, noise)
+    check_growable(growth, noise)
     source_depth = growth.source["layer"]
     target_depth = growth.target["layer"]
     layers = layer_map(depth, source_depth, target_depth)
@@ -92,7 +92,12 @@ def decide(
     return Plan(growth, operator, options, noise, decided, layers, steps, dtypes, notes, fresh=fresh)
 
 
-def _check_growable(growth: Growth, noise: float) -> None:
+def check_growable(growth: Growth, noise: float) -> None:
+    """Refuse a target that no operator grows this source into.
+
+    Raises:
+        UserError: another family, smaller sizes, a head that would be lost, or values that are none.
+    """
     family = growth.family
     source_type = growth.source_config["model_type"]
     target_type = growth.target_config.get("model_type")
@@ -186,6 +191,20 @@ def _check_sources(growth: Growth, steps: Sequence[Step]) -> None:
     kept = [f"{key}:{str(config.get(key)).lower()}" for key in keys]
     way = f"leave it as in the source ({', '.join(kept)})" if kept else "leave its switches as in the source"
     raise UserError(f"target: would have {names}, which the source has nothing for; {way}")
+
+
+def deepened(growth: Growth, depth: str | Sequence[int]) -> dict[str, Any]:
+    """The target's config with the source's lists of layers (`layer_types`) as a growth by the layer map
+    leaves them; of a target with fewer layers, the first of them.
+    """
+    source = growth.source["layer"]
+    target = growth.target["layer"]
+    if target < source:
+        first = tuple(range(target))
+        layers = LayerMap("first", source, first, (False,) * target)
+    else:
+        layers = _among_kinds(layer_map(depth, source, target), growth)
+    return followed(dict(growth.target_config), growth, Recipe({}), layers)
 
 
 def _among_kinds(layers: LayerMap, growth: Growth) -> LayerMap:

@@ -15,15 +15,17 @@ from outgrow.growth.learned.planned import learned_plan
 from outgrow.growth.learned.text import check_there
 from outgrow.growth.mixture import changed_plan
 from outgrow.growth.operators import default_noise, options_of
-from outgrow.growth.plan import Plan, decide
+from outgrow.growth.plan import Plan, check_growable, decide, deepened
 from outgrow.growth.recipe import Growth
-from outgrow.growth.resolve import Resolved, plain_source, resolve_family
+from outgrow.growth.resolve import Resolved, derived_family, plain_source, resolve_family
 from outgrow.model.base.errors import UserError, reading
 from outgrow.model.checkpoint import Checkpoint, locate, names_of
 from outgrow.model.composite import flat
 from outgrow.model.config import DTYPES, Target, resolve_target
-from outgrow.model.family import Config, Family
+from outgrow.model.family import Config, Family, family_of, has_schema
 from outgrow.model.presets import PRESETS, preset
+
+INHERIT_NOTHING = ("scratch", "source")  # arms that may train a network of another family
 
 
 def plan(
@@ -133,7 +135,8 @@ def mixture_target(
     is_change = operator in CHANGES
     kind = target.get("model_type") if isinstance(target, Mapping) else None
     same_family = kind in (None, source["model_type"])
-    if same_family and not is_change:
+    may_differ = operator in INHERIT_NOTHING and not same_family
+    if not is_change and not may_differ:
         return None
     changing = operator if is_change else "upcycle"
     known = options_of(changing) if is_change else ()
@@ -150,8 +153,44 @@ def wanted_config(source: Config, target: Any) -> dict[str, Any]:
     Raises:
         UserError: as `plan`.
     """
-    mixture = mixture_target(source, target, "scratch", {})
-    return mixture or resolve_target(target, source)
+    return mixture_target(source, target, "scratch", {}) or laid_over(flat(source), target)
+
+
+def laid_over(
+    source: Checkpoint | Config,
+    target: Target,
+    operator: str = "scratch",
+    depth: str | Sequence[int] = "identity",
+    options: Mapping[str, Any] | None = None,
+    *,
+    grows: bool = False,
+) -> dict[str, Any]:
+    """The whole config of a target over the source's, by a schema that is derived where the source's family
+    has none, with the lists of its layers as the layer map `depth` leaves them.
+
+    Args:
+        operator, options: that the derived schema is rehearsed with.
+        grows: refuse what no source of this kind grows into.
+
+    Raises:
+        UserError: as `plan`.
+    """
+    from outgrow.model.derive import whole_config
+
+    config = source.config if isinstance(source, Checkpoint) else source
+    if has_schema(config):
+        resolved = Resolved(family_of(config))
+    elif operator == "scratch":  # which inherits nothing: there is nothing to rehearse
+        resolved = Resolved(derived_family(config), config=whole_config(config))
+    else:
+        resolved = resolve_family(source, target, depth, operator, options)
+    own = resolved.config or config
+    whole = resolve_target(target, own, resolved.family)
+    growth = Growth(resolved.family, own, whole)
+    if grows:
+        check_growable(growth, 0.0)
+    same_family = whole.get("model_type") == own["model_type"]
+    return deepened(growth, depth) if same_family else whole
 
 
 def _said_elsewhere(target: dict[str, Any], dtype: str | None) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from outgrow.growth.layers import LAYER_MAPS
+from outgrow.growth.layers import LAYER_MAPS, layer_map
+from outgrow.growth.plan import deepened
 from outgrow.growth.recipe import Growth
 from outgrow.model.base.errors import UserError
 from outgrow.model.checkpoint import Checkpoint, is_plain, names_of
@@ -19,7 +20,7 @@ from outgrow.model.config import Target, resolve_target
 from outgrow.model.depth_only import outline
 from outgrow.model.family import MAX_LAYERS, Config, Family, family_of, has_schema
 from outgrow.model.fp8 import dequantised, obstacle
-from outgrow.model.keys import DEPTH_KEYS, EXPERTS, HEAD_KEYS, without
+from outgrow.model.keys import DEPTH_KEYS, EXPERTS, HEAD_KEYS, follow_layers, without
 
 if TYPE_CHECKING:
     from outgrow.growth.rehearse import Rehearsal
@@ -216,7 +217,22 @@ def _copies_layers_only(config: Config, target: Target, depth: str | Sequence[in
         if adds_identity:
             return False
     others = without(target, DEPTH_KEYS)
-    return all(config.get(key) == value for key, value in others.items())
+    return all(_says_the_same(key, others[key], config, target, depth) for key in others)
+
+
+def _says_the_same(key: str, value: Any, config: Config, target: Config, depth: str | Sequence[int]) -> bool:
+    """Check that a target's value is the source's, or its list of layers as copying them leaves it."""
+    own = config.get(key)
+    if value == own:
+        return True
+    counts = [(config.get(name), target[name]) for name in DEPTH_KEYS if name in target]
+    if not isinstance(value, list) or not counts:
+        return False
+    before, after = counts[0]
+    if type(before) is not int or type(after) is not int or after < before:
+        return False
+    layers = layer_map(depth, before, after).layers
+    return bool(follow_layers(key, own, layers, before) == value)
 
 
 def _derived(
@@ -238,9 +254,9 @@ def _derived(
         complete = whole_config(config)
         family = _family(draft, complete, shapes)
         grown = resolve_target(target, complete, family)
-        UserError.collect(Growth(family, complete, grown).smaller)
-        layers = draft.axes.keys.layers
-        whole_config(grown | {layers: complete[layers]})  # whose lists of layers are still the source's
+        growth = Growth(family, complete, grown)
+        UserError.collect(growth.smaller)
+        whole_config(deepened(growth, depth))  # the class's own words, on the user's own sizes
         head = _other_heads(draft, complete, grown)
         changes = miniature(draft, complete, grown, depth)
         before = family.sizes(complete)

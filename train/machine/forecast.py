@@ -16,10 +16,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING
 
-from outgrow.growth.planning import mixture_target
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import empty_model
-from outgrow.model.config import read_config, resolve_target
 from outgrow.model.geometry import active_parameter_count, flops_source, parameter_count
 from outgrow.train.machine.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, peak_flops
 from outgrow.train.machine.memory import Memory, memory
@@ -28,6 +26,7 @@ from outgrow.train.optimizer import parameter_groups
 from outgrow.train.run.record import flops_after
 from outgrow.train.settings import Budget, Settings, compose
 from outgrow.train.start.passes import passes
+from outgrow.train.start.source import target_config
 from outgrow.train.start.stages import spans_of, stages_of
 
 if TYPE_CHECKING:
@@ -166,27 +165,21 @@ def target(settings: Settings) -> dict[str, Any]:
     Raises:
         UserError: it depends on a source that does not.
     """
-    growth = settings.growth
-    source = None
-    if settings.source is not None and Path(settings.source).is_dir():
-        source = read_config(Path(settings.source))
-    if growth.operator == "source":
-        if source is None:
-            raise UserError(
-                f"dry_run: the source {settings.source!r} is the network, and it is no folder here; give "
-                "one, or a preset as target"
-            )
-        return source
-    changed = None
-    if source is not None:
-        changed = mixture_target(source, settings.target, growth.operator, growth.options)
-    elif settings.source is not None and _leaves_out_a_size(settings.target):
+    source = settings.source
+    if source is not None and Path(source).is_dir():
+        return target_config(settings, Path(source))
+    if settings.growth.operator == "source":
         raise UserError(
-            f"dry_run: the target changes the config of the source {settings.source!r}, and that is no "
-            "folder here; train or fetch it first, name a preset as target, or give source=null where the "
-            "target is whole by itself"
+            f"dry_run: the source {source!r} is the network, and it is no folder here; give one, or a preset "
+            "as target"
         )
-    return changed or resolve_target(settings.target, source)
+    if source is not None and _leaves_out_a_size(settings.target):
+        raise UserError(
+            f"dry_run: the target changes the config of the source {source!r}, and that is no folder here; "
+            "train or fetch it first, name a preset as target, or give source=null where the target is whole "
+            "by itself"
+        )
+    return target_config(settings, None)
 
 
 def _leaves_out_a_size(target: Any) -> bool:

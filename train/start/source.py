@@ -18,9 +18,8 @@ from outgrow.growth import grow
 from outgrow.growth.learned.lessons import LEARNED
 from outgrow.growth.learned.telling import Telling
 from outgrow.growth.operators import options_of
-from outgrow.growth.planning import mixture_target
+from outgrow.growth.planning import laid_over, mixture_target
 from outgrow.growth.record import read_ledger
-from outgrow.growth.resolve import resolve_family
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import whole_folder
 from outgrow.model.build import build_model, known_size, load_model
@@ -87,14 +86,14 @@ def target_config(settings: Settings, source: Path | None) -> dict[str, Any]:
 
 
 def _laid_over(settings: Settings, source: Path | None, config: dict[str, Any] | None) -> dict[str, Any]:
-    """The target over the source's config, by a schema that is derived where the source's family has none."""
+    """The target over the source's config."""
     target = settings.target
     operator = settings.growth.operator
     choices = settings.growth.options
     changed = None if config is None else mixture_target(config, target, operator, choices)
     if changed is not None:
         return changed
-    if source is None or config is None or has_schema(config):
+    if source is None or config is None:
         return resolve_target(target, config)
     names = [name for name in options_of(operator) if name in choices]
     options = {name: choices[name] for name in names}
@@ -102,9 +101,11 @@ def _laid_over(settings: Settings, source: Path | None, config: dict[str, Any] |
         operator = choices.get("width", "lossless")  # which writes what is fitted
         options = {}
     depth = choices.get("depth", "identity")
+    grows = settings.growth.operator not in UNGROWN
+    if has_schema(config):
+        return laid_over(config, target, operator, depth, options, grows=grows)
     with Checkpoint(source) as checkpoint:
-        known = resolve_family(checkpoint, target, depth, operator, options)
-    return resolve_target(target, known.config or config, known.family)
+        return laid_over(checkpoint, target, operator, depth, options, grows=grows)
 
 
 def source_cost(settings: Settings, source: Path | None) -> SourceCost | None:
