@@ -136,10 +136,16 @@ class Family:
     ignore: tuple[str, ...] = ()
 
     def scaled_by_depth(self, source: Config, target: Config) -> dict[str, float]:
-        """The values that the fields of `by_depth` have to have in a target of so many layers."""
-        layers = self.field_name("num_hidden_layers")
-        ratio = target[layers] / source[layers]
+        """The values that the fields of `by_depth` have to have in a target of so many layers.
+
+        Raises:
+            UserError: there are such fields, and a number of layers is none.
+        """
         held = {key: source[key] for key in self.by_depth if source.get(key)}
+        if not held:
+            return {}
+        layers, layers_before = (self.require(config, "num_hidden_layers") for config in (target, source))
+        ratio = layers / layers_before
         return {key: value * ratio ** self.by_depth[key] for key, value in held.items()}
 
     @cached_property

@@ -196,7 +196,8 @@ CASES: dict[str, tuple[Spoil, str]] = {
         config(model_type="phy"),
         (
             "family 'phy' has no schema here, and none could be derived and confirmed for this growth: "
-            "transformers has no causal language model of that type; what is left: whole layers copied "
+            "transformers has no causal language model of that type; did you mean 'phi' or 'phi3' or 'hy_v4'?; "
+            "what is left: whole layers copied "
             "(growth.depth=stack and no size but the number of layers), or a schema of your own "
             "(docs/families.md, 'Add a family')"
         ),
