@@ -109,6 +109,7 @@ def check_alike(ends: Sequence[End]) -> None:
             f"no {SCRATCH} arm: there is no curve to hold the others against; run growth=scratch at two "
             "horizons or more",
         )
+    faults += size_faults(ends)
     faults += batch_faults(ends)
     if SCRATCH in arms and lacks_control(ends):
         faults.append(
@@ -130,6 +131,17 @@ def text_faults(ends: Sequence[End]) -> list[str]:
             beginnings = ", ".join(short)
             faults.append(f"{key}: {count} different ones ({beginnings}); compare runs on one text only")
     return faults
+
+
+def size_faults(ends: Sequence[End]) -> list[str]:
+    """Tell of scratch runs of several sizes: one curve through them would be no network's."""
+    sizes = {end.parameters for end in ends if end.arm == SCRATCH}
+    if len(sizes) < 2:
+        return []
+    return [
+        f"{SCRATCH}: networks of {_listed(sizes)} parameters, through which there is no one curve; give the "
+        "ends of one size, or, where every size is a product, count them together (outgrow family)"
+    ]
 
 
 def batch_faults(ends: Sequence[End]) -> list[str]:

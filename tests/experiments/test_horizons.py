@@ -129,6 +129,10 @@ def test_the_baseline_is_the_best_that_scratch_can_have() -> None:
             [*SCRATCH_ENDS, CONTROL, end("grown", 1e12, 2.5, batch_tokens=1024)],
             "grown: batches of 1024 tokens, scratch's are of 4096; run scratch with train.batch_tokens=1024",
         ),
+        (
+            [*SCRATCH_ENDS, dataclasses.replace(SCRATCH_ENDS[0], parameters=7)],
+            r"scratch: networks of 7, \d+ parameters, .*count them together \(outgrow family\)",
+        ),
         ([*SCRATCH_ENDS, end("grown", 1e12, 2.0)], "no control: every arm has as many parameters as scratch"),
     ],
 )
