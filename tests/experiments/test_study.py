@@ -471,8 +471,10 @@ def test_runs_are_spread_over_processes_and_one_that_fails_leaves_the_others_the
 def study_of_sleepers(folder: str, at_once: int) -> None:
     """A study's own process: four runs that note their beginning, sleep, and note SIGTERM."""
     import os
+    import signal
 
-    os.setpgrp()  # as a terminal's foreground group
+    os.setpgrp()  # as a terminal's foreground group, which does not ignore Ctrl-C as a shell's background does
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     study = load_study("tiny_rewarm")
     job = source_job(study)
