@@ -94,8 +94,8 @@ def test_every_door_starts_where_a_users_files_have_our_names(
 
 @pytest.mark.slow
 def test_the_wheel_has_its_compiled_loops_and_settings(installed: Path) -> None:
-    code = "import outgrow.growth.engine.bits as bits, outgrow.model.base.settings as settings; "
-    code += "print(bits.compiled is not None, (settings.CONF / 'train.yaml').is_file(), settings.__file__)"
+    code = "import outgrow.growth.engine.bits as bits, outgrow.model.base.compose as compose; "
+    code += "print(bits.compiled is not None, (compose.CONF / 'train.yaml').is_file(), compose.__file__)"
     done = subprocess.run([installed / "python", "-c", code], capture_output=True, text=True, check=True)
     compiled, has_settings, file = done.stdout.split()
     assert has_settings == "True"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from helpers.runs import record_of
+from outgrow.experiments import products
 from outgrow.experiments import study_file as definition
 from outgrow.experiments.cost import Curve, cost, mean_curve
 from outgrow.experiments.ends import RECORD, read_ends
@@ -148,8 +149,10 @@ def test_what_is_committed_are_the_runs_that_the_study_defines(
     if (HERE / name / RECORD).is_file():
         ends = read_ends(HERE / name / RECORD)
         assert {end.name for end in ends} <= {folder.name for job in grids[name] for folder in job.folders}
-        assert (HERE / name / "table.md").read_text() == markdown(worths(ends))
-        check_table(HERE / name / "README.md", markdown(worths(ends)))
+        is_family = load_study(name).family
+        table = products.markdown(products.families(ends)) if is_family else markdown(worths(ends))
+        assert (HERE / name / "table.md").read_text() == table
+        check_table(HERE / name / "README.md", table)
         return
     if not (HERE / name / "comparison.json").is_file():
         assert "**Not run yet.**" in (HERE / name / "README.md").read_text()
