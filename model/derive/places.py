@@ -104,6 +104,7 @@ def _varying(tensor: torch.Tensor) -> Iterator[int]:
 
 
 def parameters_and_buffers(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    """Every tensor that a model may store, by its name in the module tree."""
     parameters = model.named_parameters()
     buffers = model.named_buffers()
     return [*parameters, *buffers]

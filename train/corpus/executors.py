@@ -53,9 +53,8 @@ def stages(settings: ExecutorSettings, workers: int, folder: Path, *, progress: 
     Raises:
         UserError: a worker was killed, a task failed, or the scheduler cannot be reached.
     """
-    folder = (
-        folder.absolute()
-    )  # fsspec keeps what it opened under a relative name, wherever this process goes
+    # fsspec keeps what it opened under a relative name, wherever this process goes
+    folder = folder.absolute()
     if settings.executor == "local":
         with pool(workers) as run:
 
