@@ -33,11 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GIB = 2**30
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-)  # `transformers`' names; a family may spell its own
+# `transformers`' names; a family may spell its own
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 FILLED = 0.95  # of a device's memory may be planned for
 
 
