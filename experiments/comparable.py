@@ -24,16 +24,19 @@ from outgrow.train.settings import identity
 
 Read = Callable[[Run], Any]
 
-# What every run of a comparison must share, the control arm included.
-SHARED: dict[str, Read] = {
+# How a loss is measured: what decayed ends must share too, whose batches may differ.
+MEASURED_ALIKE: dict[str, Read] = {
     "data fingerprint (run.json data.fingerprint)": lambda run: run.record.data.fingerprint,
     "evaluation budget (train.eval_tokens)": lambda run: run.record.setting("train.eval_tokens"),
     # of runs whose fingerprint did not tell it
     "mixture (mixture.phases)": lambda run: run.record.setting("mixture.phases"),
     "document mask (train.document_mask)": lambda run: bool(run.record.setting("train.document_mask")),
     "context (train.context)": lambda run: run.record.setting("train.context"),
-    "tokens per step": lambda run: run.record.tokens_per_step,
     "precision": lambda run: run.record.precision,
+}
+# What every run of a comparison must share, the control arm included.
+SHARED: dict[str, Read] = MEASURED_ALIKE | {
+    "tokens per step": lambda run: run.record.tokens_per_step,
 }
 # What the arms share, but not the control arm: it trains the source's own config, as far as the same FLOPs
 # carry it.
@@ -76,7 +79,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
         faults += _differing(runs, name, read)
     for name, read in SHARED_BY_ARMS.items():
         faults += _differing(arms, name, read)
-    faults += _differing_configs(arms) + _twice(runs) + _differing_within_arms(runs)
+    faults += _differing_configs(arms) + _twice(runs) + _differing_seeds(runs, lambda run: run.point)
     UserError.collect(faults)
     if SCRATCH not in {run.arm for run in runs}:
         named = listed([run.name for run in runs])
@@ -84,6 +87,25 @@ def check_comparable(runs: Sequence[Run]) -> None:
             f"no complete {SCRATCH} run among {named}: every cost is measured against it. Train it: "
             f"growth={SCRATCH}",
         )
+
+
+def check_ends_comparable(runs: Sequence[Run]) -> None:
+    """Check runs whose decayed ends are held against each other: budgets, sizes and batches may differ.
+
+    Raises:
+        UserError: naming two runs whose losses were not measured alike, or that are no two seeds of one end.
+    """
+    faults = []
+    for name, read in MEASURED_ALIKE.items():
+        faults += _differing(runs, name, read)
+    UserError.collect(faults + _differing_seeds(runs, _end))
+
+
+def _end(run: Run) -> tuple[Any, ...]:
+    """What the runs share whose ends are averaged over their seeds."""
+    record = run.record
+    settings = [record.setting(path) for path in ("optimizer.name", "train.batch_tokens")]
+    return *run.point, *settings, record.parameters, run.summary.tokens
 
 
 def differences(runs: Sequence[Run], stated: Sequence[tuple[str, str]] = ()) -> list[str]:
@@ -213,12 +235,12 @@ def _twice(runs: Sequence[Run]) -> list[str]:
     return faults
 
 
-def _differing_within_arms(runs: Sequence[Run]) -> list[str]:
-    """Seeds of one arm at one learning rate are repetitions only if nothing else differs."""
-    firsts: dict[tuple[str, float], Run] = {}
+def _differing_seeds(runs: Sequence[Run], point: Read) -> list[str]:
+    """Seeds of one `point` (an arm at one learning rate) are repetitions only if nothing else differs."""
+    firsts: dict[Any, Run] = {}
     faults: dict[str, list[str]] = defaultdict(list)
     for run in runs:
-        first = firsts.setdefault(run.point, run)
+        first = firsts.setdefault(point(run), run)
         if differing := _list_differing(_measured(first), _measured(run)):
             faults[differing].append(f"{first.folder} and {run.folder}")
     return [

@@ -96,6 +96,44 @@ def end_of(run: Run) -> End:
     )
 
 
+def each_once(found: Iterable[tuple[str, End]]) -> list[End]:
+    """The ends of several inputs, each once: a run has the same end as the record that was made of it.
+
+    Args:
+        found: (input, end) pairs.
+
+    Raises:
+        UserError: two ends of one arm, rate, batch, seed and budget are not the same: a folder that was
+            copied, or a run that was trained anew after its record. They would count as two seeds.
+    """
+    firsts: dict[tuple[Any, ...], tuple[str, End]] = {}
+    faults = []
+    for where, end in found:
+        there, first = firsts.setdefault(_point(end), (where, end))
+        if first != end:
+            differing = _differing(first, end)
+            faults.append(
+                f"{there} and {where} both hold {end.arm} with {end.optimizer}, learning rate "
+                f"{end.learning_rate:g}, seed {end.seed}, {end.tokens:,} tokens, and differ in {differing}: "
+                "leave one out"
+            )
+    UserError.collect(faults)
+    return [end for _, end in firsts.values()]
+
+
+def _point(end: End) -> tuple[Any, ...]:
+    """What only one end of a comparison may have: where it stands, whatever it reached."""
+    of_network = end.arm, end.optimizer, end.learning_rate, end.batch_tokens, end.parameters
+    return *of_network, end.seed, end.tokens, end.data, end.eval_tokens
+
+
+def _differing(one: End, other: End) -> str:
+    """The entries in which two ends differ, with both values."""
+    after = asdict(other)
+    parts = [f"{key} ({value} and {after[key]})" for key, value in asdict(one).items() if value != after[key]]
+    return ", ".join(parts)
+
+
 def check_alike(ends: Sequence[End]) -> None:
     """Refuse ends that were not measured on the same text, or lack an arm that a headline needs.
 

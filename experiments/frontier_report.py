@@ -73,7 +73,7 @@ def write(inputs: Sequence[str], out: Path) -> list[str]:
         UserError: the inputs are no decayed runs, or too few; `out` cannot be written.
     """
     _, ends, left_out = read_inputs(inputs)
-    frontier = frontier_of(list(ends.values()))
+    frontier = frontier_of(ends)
     writers: dict[str, Writer] = {
         TABLE: lambda path: path.write_text(markdown(frontier), encoding="utf-8"),
         PICTURE: lambda path: build(frontier).savefig(path, dpi=150, facecolor="white"),

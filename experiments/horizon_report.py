@@ -10,7 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outgrow.experiments.ends import RECORD, End, end_of, read_ends, write_ends
+from outgrow.experiments.comparable import check_ends_comparable
+from outgrow.experiments.ends import RECORD, End, each_once, end_of, read_ends, write_ends
 from outgrow.experiments.horizon_answer import answer, seed_numbers, speedup_text
 from outgrow.experiments.horizon_picture import draw
 from outgrow.experiments.horizons import Point, SeedWorth, Worth, worths
@@ -70,8 +71,7 @@ def write(inputs: Sequence[str], out: Path, *, wandb: bool = False) -> list[str]
         UserError: a folder is no run, an end has not decayed, the ends cannot be compared, or `out` cannot be
             written.
     """
-    runs, ends_of, left_out = read_inputs(inputs)
-    ends = list(ends_of.values())
+    runs, ends, left_out = read_inputs(inputs)
     rows = worths(ends)
     study = runs[0].study if runs else out.resolve().name
     remarks = unheld(ends)
@@ -102,14 +102,15 @@ def write(inputs: Sequence[str], out: Path, *, wandb: bool = False) -> list[str]
     return [block, *remarks, *notes, *files]
 
 
-def read_inputs(inputs: Sequence[str]) -> tuple[list[Run], dict[str, End], list[LeftOut]]:
-    """The runs among `inputs`, all ends by name, those of records too, and the folders that are left out.
+def read_inputs(inputs: Sequence[str]) -> tuple[list[Run], list[End], list[LeftOut]]:
+    """The runs among `inputs`, all ends, those of records too, and the folders that are left out.
 
     Where some runs have horizons, those without are left out: the wildcard that gathers horizons gathers a
     source, or an arm with such a name, too.
 
     Raises:
-        UserError: a folder is no run, a record is damaged, or an end has not decayed.
+        UserError: a folder is no run, a record is damaged, an end has not decayed, the runs are not
+            comparable, or two ends of one point differ.
     """
     records = [name for name in inputs if name.endswith(".json")]
     folders = [name for name in inputs if name not in records]
@@ -118,12 +119,12 @@ def read_inputs(inputs: Sequence[str]) -> tuple[list[Run], dict[str, End], list[
     runs = of_horizons or given
     passed_over = [run for run in given if run not in runs]
     left_out += [LeftOut(run.folder, "no horizon: its schedule.horizons is empty") for run in passed_over]
-    ends: list[End] = []
+    check_ends_comparable(runs)
+    found: list[tuple[str, End]] = []
     for record in records:
-        ends += read_ends(Path(record))
-    ends += map(end_of, runs)
-    by_name = {end.name: end for end in ends}
-    return runs, by_name, left_out
+        found += [(record, end) for end in read_ends(Path(record))]
+    found += [(str(run.folder), end_of(run)) for run in runs]
+    return runs, each_once(found), left_out
 
 
 def markdown(rows: Sequence[Worth]) -> str:

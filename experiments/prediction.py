@@ -152,7 +152,7 @@ def write(inputs: Sequence[str], horizons: Sequence[int], optimizer: str, out: P
     if record.exists():
         raise UserError(f"{record}: a prediction is written once; choose another --out for a new one")
     _, ends, left_out = read_inputs(inputs)
-    prediction = predict(list(ends.values()), horizons, optimizer)
+    prediction = predict(ends, horizons, optimizer)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / PAGE, markdown(prediction))
     text = json.dumps(asdict(prediction), indent=1, ensure_ascii=False)

@@ -205,11 +205,11 @@ def write(inputs: Sequence[str], out: Path) -> list[str]:
         UserError: a folder is no run, the ends are no family, or `out` cannot be written.
     """
     _, ends, left_out = read_inputs(inputs)
-    measured = families(ends.values())
+    measured = families(ends)
     products = [asdict(product) for family in measured for product in family.products]
     writers: dict[str, Writer] = {
         TABLE: lambda path: path.write_text(markdown(measured), encoding="utf-8"),
-        RECORD: lambda path: write_ends(path, ends.values()),
+        RECORD: lambda path: write_ends(path, ends),
         LINES: lambda path: write_csv(products, path),
     }
     paths = write_together(out, writers)

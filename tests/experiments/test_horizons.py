@@ -254,26 +254,73 @@ def test_a_record_gives_the_files_that_its_runs_gave(tmp_path: Path) -> None:
         assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
 
 
+def decayed(
+    tmp: Path, folder: str, horizons: list[int], schedule: dict[str, object] | None = None, **more: Any
+) -> Path:
+    """The folder of a scratch run whose rate decays to zero."""
+    own = {"name": "wsd", "decay_fraction": 0.2, "floor": 0.0, "horizons": horizons, **(schedule or {})}
+    changes: dict[str, Any] = {"settings.schedule": own, "settings.optimizer.name": "adamw"}
+    changes |= {"settings.train.batch_tokens": 50, "folder": folder}
+    losses = more.pop("losses", [5.0, 4.0, 3.0])
+    return fabricate(tmp, "scratch", losses, **changes, **more)
+
+
 def test_runs_without_horizons_that_the_same_wildcard_gathers_are_left_out(tmp_path: Path) -> None:
     """`runs/st-*-t*` gathers an arm from the source `tiny` too, and a run of one budget alone."""
-    schedule: dict[str, object] = {"name": "wsd", "decay_fraction": 0.2, "floor": 0.0}
-
-    def run(folder: str, horizons: list[int], **more: object) -> Path:
-        own = {**schedule, "horizons": horizons, **more}
-        changes: dict[str, Any] = {"settings.schedule": own, "settings.optimizer.name": "adamw"}
-        changes |= {"settings.train.batch_tokens": 50, "folder": folder}
-        return fabricate(tmp_path, "scratch", [5.0, 4.0, 3.0], **changes)
-
-    ends = [run(f"st-scratch-s0-t{tokens}", [200, 400]) for tokens in (200, 400)]
-    others = [run("st-lossless-tiny-s0", []), run("st-lossless-transfer_x-s0", [], name="constant")]
-    runs, by_name, left_out = read_inputs(sorted(map(str, [*ends, *others])))
+    ends = [
+        decayed(
+            tmp_path,
+            f"st-scratch-s0-t{100 * count}",
+            [200, 400],
+            losses=[5.0, 4.0, 3.0, 2.0, 1.0][: count + 1],
+        )
+        for count in (2, 4)
+    ]
+    others = [
+        decayed(tmp_path, "st-lossless-tiny-s0", []),
+        decayed(tmp_path, "st-lossless-transfer_x-s0", [], {"name": "constant"}),
+    ]
+    runs, found, left_out = read_inputs(sorted(map(str, [*ends, *others])))
     assert sorted(run.folder for run in runs) == ends
-    assert sorted(by_name) == [folder.name for folder in ends]
+    assert sorted(one.name for one in found) == [folder.name for folder in ends]
     assert [left.note for left in left_out] == [
         f"left out: {folder.name}, no horizon: its schedule.horizons is empty" for folder in others
     ]
-    alone = read_inputs([str(others[0])])  # where none has horizons, each is the end of its budget
-    assert list(alone[1]) == [others[0].name]
+    _, alone, _ = read_inputs([str(others[0])])  # where none has horizons, each is the end of its budget
+    assert [one.name for one in alone] == [others[0].name]
+
+
+def test_runs_of_one_name_under_different_parents_stay_two(tmp_path: Path) -> None:
+    one = decayed(tmp_path / "a", "run", [200], losses=[5.0, 4.0, 3.0])
+    other = decayed(tmp_path / "b", "run", [200], losses=[5.0, 4.0, 2.0], seed=1)
+    _, found, _ = read_inputs([str(one), str(other)])
+    assert [(end.seed, end.val_loss) for end in found] == [(0, 3.0), (1, 2.0)]
+    write_ends(tmp_path / "ends.json", found)  # a record of both, beside the runs that it was made of
+    again = read_inputs([str(tmp_path / "ends.json"), str(one), str(other)])
+    assert again[1] == found
+
+
+@pytest.mark.parametrize(
+    ("losses", "changes", "fault"),
+    [
+        ([5.0, 4.0, 3.0], {"folder": "copy"}, r"differ in name \(run and copy\): leave one out"),
+        ([5.0, 4.0, 2.5], {}, r"differ in val_loss \(3.0 and 2.5\): leave one out"),
+        ([5.0, 4.0, 2.5], {"seed": 1, "settings.train.context": 16}, r"their context \(train.context\) is"),
+        (
+            [5.0, 4.0, 2.5],
+            {"seed": 1, "settings.optimizer.weight_decay": 0.1},
+            r"no two seeds of one arm: .* optimizer.weight_decay \(absent and 0.1\)",
+        ),
+    ],
+)
+def test_ends_that_are_no_two_seeds_are_refused(
+    losses: list[float], changes: dict[str, Any], fault: str, tmp_path: Path
+) -> None:
+    """They would be averaged as seeds: a copy, a run trained anew, another measure, another setting."""
+    one = decayed(tmp_path / "a", "run", [200])
+    other = decayed(tmp_path / "b", **{"folder": "run", "horizons": [200], "losses": losses, **changes})
+    with pytest.raises(UserError, match=fault):
+        read_inputs([str(one), str(other)])
 
 
 @pytest.mark.parametrize(
