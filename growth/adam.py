@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,42 +63,92 @@ def adam_state(state: Mapping[str, Any], plan: Plan) -> AdamState:
             "optimizer state: expected the keys 'state' and 'param_groups', as optimizer.state_dict() "
             "gives them"
         )
+    _check_groups(groups)
     named: dict[str, _Moments] = {moment: {} for moment in POWERS}
+    steps = []
     for number, name in _numbering(groups, shapes).items():
         entry = per_parameter.get(number)
         if entry is None:  # a parameter that never had a gradient
             continue
         _check_entry(entry, number, name, shapes[name])
+        steps.append(_steps(entry, number))
         for moment, tensors in named.items():
             tensors[name] = entry[moment]
     if not any(named.values()):
         raise UserError("optimizer state: empty; was it saved before the first step?")
-    entries = per_parameter.values()
-    steps = [int(entry["step"]) for entry in entries if "step" in entry]
     moments: dict[str, torch.Tensor] = {}
     for moment, tensors in named.items():
         every_parameter = _complete(tensors, shapes)
         stored = in_file(plan.source_config, every_parameter)
         moments |= {f"{moment}.{name}": tensor for name, tensor in stored.items()}
     complete = _complete(moments, _wanted(plan))
-    last_step = max(steps, default=0)
-    return AdamState(Tensors(complete), last_step)
+    return AdamState(Tensors(complete), max(steps))
 
 
-def _check_entry(entry: Mapping[str, Any], number: int, name: str, shape: tuple[int, ...]) -> None:
+def _check_groups(groups: Sequence[Any]) -> None:
+    """Refuse groups that are not as an optimizer saves them."""
+    for place, group in enumerate(groups):
+        numbers = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(numbers, list):
+            raise UserError(
+                f"optimizer state: group {place} has no list of 'params'; expected what "
+                "optimizer.state_dict() gives"
+            )
+
+
+def _check_entry(entry: Any, number: int, name: str, shape: tuple[int, ...]) -> None:
     """Refuse the state of a parameter that is not Adam's, or not of the parameter's shape."""
+    import torch
+
     for moment in POWERS:
-        if moment not in entry:
+        tensor = entry.get(moment) if isinstance(entry, Mapping) else None
+        if not isinstance(tensor, torch.Tensor):
+            found = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
             raise UserError(
                 f"optimizer state: parameter {number} ({name}) has no {moment!r}, found "
-                f"{sorted(entry)}; only Adam's state grows"
+                f"{found}; only Adam's state grows"
             )
-        own = tuple(entry[moment].shape)
+        own = tuple(tensor.shape)
         if own != shape:
             raise UserError(
                 f"optimizer state: {moment} of parameter {number} has shape {own}, {name} has {shape}; is it "
                 "the state of another model, or were its groups filled in another order?"
             )
+
+        if fault := _unusable(moment, tensor):
+            raise UserError(
+                f"optimizer state: {moment} of parameter {number} ({name}) {fault}; no optimizer can go on "
+                "from it: save the state anew, or go on without it"
+            )
+
+
+def _unusable(moment: str, tensor: torch.Tensor) -> str | None:
+    """Say why no step can be taken with these values of a moment; None where it can.
+
+    One such entry makes a weight NaN, and the next step every other.
+    """
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        return f"is {tensor.dtype}".replace("torch.", "")
+    if not tensor.numel():
+        return None
+    lowest, highest = map(float, tensor.aminmax())  # NaN where one entry is
+    if not (isfinite(lowest) and isfinite(highest)):
+        return "has an entry that is not finite"
+    is_square = POWERS[moment] == 2
+    return "has an entry below zero, and is a mean of squares" if is_square and lowest < 0 else None
+
+
+def _steps(entry: Mapping[str, Any], number: int) -> int:
+    """The number of steps that a parameter's moments have averaged; 0 where it is not told."""
+    told = entry.get("step", 0)
+    count = -1
+    with suppress(TypeError, ValueError, OverflowError, RuntimeError):  # several entries, NaN, infinite
+        count = int(told)
+    if count < 0:
+        raise UserError(
+            f"optimizer state: the step of parameter {number} is {told!r}; expected how many it has taken"
+        )
+    return count
 
 
 def _wanted(plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -130,12 +182,14 @@ def _numbering(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[i
     # of those that were trained: frozen ones have no state
     if all("param_names" in group for group in groups):
         saved_names = chain.from_iterable(group["param_names"] for group in groups)
-        named = list(map(_plain, saved_names))
+        named = [_plain(str(name)) for name in saved_names]
         strange = set(named) - shapes.keys()
         if unknown := sorted(strange):
             raise UserError(
                 f"optimizer state: parameter {unknown[0]!r} is none of the source's ({len(unknown)} are not)"
             )
+        if len(named) != len(numbers):
+            raise UserError(f"optimizer state: {len(numbers)} parameters and {len(named)} names of them")
         return dict(zip(numbers, named, strict=True))
     if len(numbers) != len(shapes):
         raise UserError(

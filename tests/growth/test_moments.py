@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,28 @@ def test_saved_states_grow_on_disk_as_in_memory(tmp_path: Path, name: str, form:
             "exp_avg of parameter 0 has shape (2,)",
         ),
         (lambda state: state["param_groups"][0]["params"].pop(), "is it the state of another model?"),
+        (lambda state: state["state"].update({0: 3}), "has no 'exp_avg', found int; only Adam's state grows"),
+        (
+            lambda state: state["state"][1]["exp_avg"].fill_(math.nan),
+            "exp_avg of parameter 1 (model.layers.0.self_attn.q_proj.weight) has an entry that is not finite",
+        ),
+        (
+            lambda state: state["state"][1]["exp_avg_sq"].neg_(),
+            "has an entry below zero, and is a mean of squares; no optimizer can go on from it",
+        ),
+        (
+            lambda state: state["state"][0].update(exp_avg=state["state"][0]["exp_avg"].int()),
+            "exp_avg of parameter 0 (model.embed_tokens.weight) is int32",
+        ),
+        (
+            lambda state: state["state"][0].update(step=torch.tensor(math.nan)),
+            "the step of parameter 0 is tensor(nan); expected how many it has taken",
+        ),
+        (lambda state: state["param_groups"].append([]), "group 1 has no list of 'params'"),
+        (
+            lambda state: state["param_groups"][0].update(param_names=["lm_head.weight"]),
+            "47 parameters and 1 names of them",
+        ),
         (
             lambda state: state["param_groups"][0].update(param_names=["nobody"] * 99),
             "parameter 'nobody' is none of the source's",
