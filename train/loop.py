@@ -97,10 +97,12 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
     if run is not None:
         run_folder.check_same(folder, run, settings)
         if run_folder.is_complete(folder):
+            run_folder.check_end(folder)
             missing = run_folder.unkept(folder, run, settings)
             if not missing:
                 elsewhere = run_folder.texts_elsewhere(run, settings)
-                console.say(f"already complete: {folder}{elsewhere}")
+                gone = run_folder.end_gone(folder)
+                console.say(f"already complete: {folder}{elsewhere}{gone}")
                 return folder
             new_dtype = run_folder.recast_to(folder, run, settings)
             if new_dtype is None:
@@ -216,13 +218,15 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         saved = newest_intact(checkpoints, accelerator, console.say, run.settings_hash)
         position = state.Position() if saved is None else state.peek(saved)
         metrics = folder / run_folder.METRICS
+        if main and saved is None and metrics.is_file() and metrics.stat().st_size:
+            console.say(f"no checkpoint of this run is left, so it begins again, and {metrics.name} with it")
         if main and state.restore_metrics(metrics, saved):
             console.say(
                 f"{run_folder.METRICS} was cut, deleted or changed; its rows are those that the checkpoint "
                 "keeps",
             )
         if main:
-            (folder / run_folder.SUMMARY).unlink(missing_ok=True)  # a complete run may train its end again
+            run_folder.reopen(folder)
         peak = peak_flops(device_name(accelerator.device), run.precision)
         clock = Meter(position, processes, budget.tokens_per_step, run.spans, peak)
         benchmark_steps = benchmark_every(settings)

@@ -23,6 +23,7 @@ _SIGNS = (
     "PytorchStreamWriter failed",
     "iostream error",
 )
+_IN_THE_WAY = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 _DISK = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -32,9 +33,7 @@ _DISK = {
     errno.EPERM,
     errno.EROFS,
     errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.EISDIR,
+    *_IN_THE_WAY,
 }
 
 
@@ -137,9 +136,11 @@ def telling_disk_faults(path: Path) -> Iterator[None]:
     except Exception as error:
         if not _is_disk_fault(error):
             raise
+        in_the_way = isinstance(error, OSError) and error.errno in _IN_THE_WAY
+        remedy = "move what lies in its place away" if in_the_way else "free space"
         raise UserError(
             f"{path}: could not be written ({_reason(error)}); whatever was complete before is untouched: "
-            "free space, or write elsewhere, and start the same command again"
+            f"{remedy}, or write elsewhere, and start the same command again"
         ) from error
 
 

@@ -30,7 +30,9 @@ from outgrow.train.data.batches import batch, validation_batches
 from outgrow.train.evaluate import evaluate
 from outgrow.train.loss import NextTokenLoss
 from outgrow.train.run import state
+from outgrow.train.run.log import Console, Log
 from outgrow.train.run.record import signed
+from outgrow.train.run.samples import Sample
 from outgrow.train.settings import Settings, compose
 from outgrow.train.share import Share
 from outgrow.train.step import Step
@@ -325,10 +327,11 @@ def test_a_killed_run_resumes_bit_identically(
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(
-    settings: Settings, tmp_path: Path, finished: Path
+    settings: Settings, tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_and_kill(at(settings, tmp_path / "run"), 2)
-    loop.train(at(settings, tmp_path / "run"))
+    loop.train(dataclasses.replace(at(settings, tmp_path / "run"), progress="lines"))
+    assert "no checkpoint of this run is left, so it begins again" in capsys.readouterr().out
     assert_same_run(tmp_path / "run", finished)
 
 
@@ -659,6 +662,18 @@ def test_broken_samples_are_told_and_written_anew(
     loop.train(dataclasses.replace(at(settings, tmp_path / "run"), progress="lines"))
     assert "samples.json: " in capsys.readouterr().out
     assert json.loads((tmp_path / "run/samples.json").read_text()).keys() == {"end"}
+
+
+def test_samples_that_cannot_be_written_stop_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "samples.json").mkdir()
+    log = Log(tmp_path, [], Console("lines", "run", 1))
+    log.samples("start", {"step": 0}, lambda: [Sample("once", " upon")])
+    log.close()
+    told = capsys.readouterr().out
+    assert "samples.json: could not be written (Is a directory)" in told
+    assert "continues 'once' with ' upon'" in told
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,22 @@ def test_the_newest_and_the_best_are_kept_and_the_half_written_are_no_checkpoint
     assert not (tmp_path / "step-00000011.partial").exists()
 
 
+def test_of_a_checkpoint_that_is_a_link_the_link_is_dropped(tmp_path: Path) -> None:
+    kept = checkpoint(tmp_path / "other_disk", 1)
+    (tmp_path / "run").mkdir()
+    state.place(tmp_path / "run", 1).symlink_to(kept)
+    newer = checkpoint(tmp_path / "run", 2)
+    state.drop_old(tmp_path / "run", keep=1)
+    assert list((tmp_path / "run").iterdir()) == [newer]
+    state.check(kept)
+
+
+def test_a_checkpoint_under_another_steps_name_is_none(tmp_path: Path) -> None:
+    named = checkpoint(tmp_path, 3).rename(state.place(tmp_path, 9))
+    with pytest.raises(UserError, match="it is the state after step 3, under another step's name"):
+        state.check(named)
+
+
 def test_a_checkpoint_that_a_kill_leaves_half_removed_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +123,7 @@ def test_a_checkpoint_that_a_kill_leaves_half_removed_is_none(
         next(path.glob("*.safetensors")).unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(state.shutil, "rmtree", half)
+    monkeypatch.setattr("shutil.rmtree", half)
     with pytest.raises(KeyboardInterrupt):
         state.drop_old(tmp_path, keep=1)
     assert state.complete(tmp_path) == [new]
@@ -304,6 +321,12 @@ def test_a_full_or_unwritable_disk_is_one_clear_error_and_leaves_what_was_there(
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_lies_in_the_place_of_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "f").mkdir()
+    with pytest.raises(UserError, match=r"/f: could not be written \(Is a directory\).*: move what lies in"):
+        write_text(tmp_path / "f", "text")
+
+
 def test_a_folder_that_another_process_has_begun_meanwhile_is_no_obstacle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,6 +403,34 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
             pass
     assert subprocess.run(command, env=environment).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"], "a lock leaves nothing behind"
+
+
+def test_a_run_folder_that_is_a_link_is_the_folder_that_it_names(tmp_path: Path) -> None:
+    real = tmp_path / "other_disk"
+    real.mkdir()
+    (tmp_path / "run").symlink_to(real)
+    with (
+        folder.locked(tmp_path / "run", True),
+        pytest.raises(UserError, match="another process is training this run"),
+        folder.locked(real, True),
+    ):
+        pass
+
+
+def test_a_summary_that_is_not_of_the_rows_beside_it_ends_no_run(tmp_path: Path) -> None:
+    rows = '{"kind": "eval"}\n'
+    (tmp_path / folder.METRICS).write_text(rows)
+    summary = summary_of(3.0) | {"metrics": sha256(rows.encode()).hexdigest()}
+    write_json(tmp_path / folder.SUMMARY, signed(summary))
+    folder.check_end(tmp_path)
+    assert "its final/ is gone" in folder.end_gone(tmp_path)
+    way_out = "delete summary.json, and the same command goes on from the newest checkpoint"
+    (tmp_path / folder.METRICS).write_text(rows * 2)
+    with pytest.raises(UserError, match=f"the end of other rows than metrics.jsonl holds; {way_out}"):
+        folder.check_end(tmp_path)
+    (tmp_path / folder.SUMMARY).write_text("")
+    with pytest.raises(UserError, match=f"summary.json: cannot be read .*; {way_out}"):
+        folder.check_end(tmp_path)
 
 
 def test_a_run_that_is_refused_before_it_began_leaves_no_folder(tmp_path: Path) -> None:

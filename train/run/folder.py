@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from hashlib import sha256
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from outgrow.model.base.atomic import FORMER, PARTIAL
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import read_object, telling_disk_faults
 from outgrow.model.base.locks import Lock
-from outgrow.train.run.record import RunRecord, SourceCost
+from outgrow.train.run.record import RunRecord, SourceCost, Summary
 from outgrow.train.settings import Settings, identity, settings_hash
 from outgrow.train.start.neutral import flatten, is_text
 
@@ -58,6 +59,44 @@ def read_run(folder: Path) -> RunRecord | None:
 def is_complete(folder: Path) -> bool:
     """Check whether the run in `folder` has ended: its summary is written last."""
     return (folder / SUMMARY).is_file()
+
+
+def check_end(folder: Path) -> None:
+    """Check that the summary of a run that has one tells the end of this run.
+
+    Raises:
+        UserError: it is damaged or edited, or the rows beside it are not those at whose end it was written.
+    """
+    path = folder / SUMMARY
+    metrics = folder / METRICS
+    way_out = f"delete {SUMMARY}, and the same command goes on from the newest checkpoint"
+    summary = Summary.read(path, way_out)
+    rows = metrics.read_bytes() if metrics.is_file() else b""
+    if summary.metrics not in (None, sha256(rows).hexdigest()):  # older summaries do not tell
+        raise UserError(f"{path}: it tells the end of other rows than {METRICS} holds; {way_out}")
+
+
+def reopen(folder: Path) -> None:
+    """Let the run in `folder` be incomplete again: a complete one may train its end once more.
+
+    Raises:
+        UserError: what lies in the place of its summary cannot be removed.
+    """
+    path = folder / SUMMARY
+    with telling_disk_faults(path):
+        path.unlink(missing_ok=True)
+
+
+def end_gone(folder: Path) -> str:
+    """Say that a complete run's `final/` has been moved or deleted, and how to have it again; "" where it is
+    there.
+    """
+    if (folder / FINAL).is_dir():
+        return ""
+    return (
+        f"; its {FINAL}/ is gone: to have it again, delete {SUMMARY}, and the same command trains its end "
+        "once more from the newest checkpoint"
+    )
 
 
 def unkept(folder: Path, run: RunRecord, settings: Settings) -> str | None:
@@ -241,7 +280,7 @@ def locked(folder: Path, holds: bool) -> Iterator[None]:
         return
     with telling_disk_faults(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = Lock(folder)
+        lock = Lock(folder.resolve())  # a link to another disk is one folder with what it names
     with lock:
         if not lock.take():
             raise UserError(f"{folder}: another process is training this run right now")

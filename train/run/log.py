@@ -72,7 +72,10 @@ class Log:
             kept = {}
         rows = list(map(asdict, written))
         kept[when] = {**clocks, "samples": rows}
-        write_json(path, kept)
+        try:
+            write_json(path, kept)
+        except UserError as error:
+            self.console.say(str(error))
         for tracker in self.trackers:
             tracker.samples(when, rows, clocks)
         for sample in written[:1]:

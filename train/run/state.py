@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -245,6 +244,8 @@ def peek(path: Path) -> Position:
     """
     with _telling_damage(path):
         record = _record(path)
+        if place(path.parent, record["step"]) != path:
+            raise ValueError(f"it is the state after step {record['step']}, under another step's name")
         digests = record.pop("files")
         record = without(record, (SIGNATURE, "run"))
         sizes = {file.name: file.stat().st_size for file in _shards(path)}
@@ -324,7 +325,7 @@ def complete(folder: Path, *, tidy: bool = False) -> list[Path]:
     if not folder.is_dir():
         return []
     for path in folder.glob(f"*{PARTIAL}") if tidy else ():
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
     named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
     finished = [path for path in named if (path / STATE).is_file()]
 
@@ -339,8 +340,9 @@ def drop_old(folder: Path, keep: int, best: int | None = None) -> None:
     for path in complete(folder)[:-keep]:
         if best is None or path != place(folder, best):
             # so that one which a kill leaves half removed is not taken for whole
-            os.rename(path, partial_of(path))
-            shutil.rmtree(partial_of(path))
+            dropped = partial_of(path)
+            os.rename(path, dropped)
+            remove(dropped)  # of a link, the link
 
 
 def set_aside(path: Path) -> Path:
