@@ -25,7 +25,7 @@ from outgrow.train.corpus.read.formats import READERS, format_of, open_any, stor
 from outgrow.train.data.settings import DataSettings
 from outgrow.train.data.shards import MANIFEST, TOKENIZER
 
-TASK_BYTES = 2**22  # of files, read by one task at least,
+TASK_BYTES = 2**20  # of files, read by one task at least,
 # and as much more as it takes to have no more tasks than these: each leaves some files, opened together
 MOST_TASKS = 1024
 TOLD = 5  # of paths that are left out, named one by one
