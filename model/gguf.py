@@ -34,19 +34,22 @@ ENDING, MAGIC = ".gguf", b"GGUF"
 # of an architecture, which it knows by these layers, hidden size / heads
 SCALE, WINDOW = "query_pre_attn_scalar", "sliding_window"
 LARGEST = {"gemma2": 46, "gemma3": 62}
+PART = re.compile(r"-\d{5}-of-\d{5}$")  # the end of the stem of a model's part
 WAY = "give the checkpoint that it was made from, as safetensors, or convert it where it can be read"
 
 
 def gguf_in(folder: Path) -> Path | None:
-    """The GGUF file of a folder that holds no other weights; None where it holds none, or safetensors.
+    """The GGUF file of a folder that holds no other weights, of a model in parts the first; None where it
+    holds none, or safetensors.
 
     Raises:
-        UserError: there are several.
+        UserError: there are several models.
     """
     files = sorted(folder.glob(f"*{ENDING}"))
     if not files or any(folder.glob("*.safetensors")):
         return None
-    if len(files) > 1:
+    models = {PART.sub("", file.stem) for file in files}
+    if len(models) > 1:
         first = files[:5]
         names = ", ".join(file.name for file in first)
         raise UserError(
@@ -63,8 +66,8 @@ def unpacked(file: Path) -> Path:
     The whole model is in memory meanwhile, at four bytes a weight.
 
     Raises:
-        UserError: the file is no GGUF, of an architecture that the library does not know, or lacks weights;
-            `gguf` is not installed.
+        UserError: the file is no GGUF, a part of one, of an architecture that the library does not know, or
+            lacks weights; `gguf` is not installed.
     """
     _check(file)
     stem = file.stem[:100]
@@ -135,6 +138,21 @@ def _reader(file: Path) -> GGUFReader:
             f"({in_one_line(fault)}): it is cut off, damaged, or newer than the package gguf; download it "
             "again, or update the package"
         ) from None
+
+
+def _check_whole(reader: GGUFReader, file: Path) -> None:
+    """Reject a part of a model: the library reads one file, as if nothing else were there."""
+    entry = reader.fields.get("split.count")
+    parts = 1 if entry is None else int(entry.contents())
+    if parts <= 1:
+        return
+    stem = PART.sub("", file.stem)
+    first = file.with_name(f"{stem}-00001-of-{parts:05d}{ENDING}")
+    merged = file.with_name(f"{stem}-merged{ENDING}")
+    raise UserError(
+        f"{file}: is one of {parts} parts of a model, and only a whole one can be read; merge them with "
+        f"llama.cpp (llama-gguf-split --merge {first} {merged}), then give source={merged}"
+    )
 
 
 def _passed_over(reader: GGUFReader, model: Any) -> list[str]:
@@ -219,6 +237,7 @@ def _unpack(file: Path, folder: Path) -> None:
     from outgrow.model.base.quiet import quietly
 
     reader = _reader(file)
+    _check_whole(reader, file)
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     where["trust_remote_code"] = False
     plain = {

@@ -79,9 +79,11 @@ def write_gguf(
     matrices: str = "Q8_0",
     more: dict[str, np.ndarray] | None = None,
     scaling: str | None = None,
+    most: int = 0,
 ) -> Path:
-    """Write a GGUF file of a llama, matrices in blocks of a kind, `more` under their own names."""
-    writer = gguf.GGUFWriter(path, architecture)
+    """Write a GGUF file of a llama, matrices in blocks of a kind, `more` under their own names; in parts of
+    at `most` so many tensors."""
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=most)
     hidden = tensors["model.norm.weight"].shape[0]
     writer.add_context_length(64)
     writer.add_embedding_length(hidden)
@@ -286,6 +288,20 @@ def test_what_is_no_gguf_or_of_an_unknown_architecture_is_one_error(
         UserError, match=r"needs the package gguf; install the extra: pip install -e '\.\[gguf\]'"
     ):
         locate(strange)
+
+
+def test_a_model_in_parts_is_to_be_merged(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
+    write_gguf(tmp_path / "tiny.gguf", weights, most=8)
+    first, _, last = sorted(tmp_path.glob("*.gguf"))
+    assert first.name == "tiny-00001-of-00003.gguf"
+    merged = tmp_path / "tiny-merged.gguf"
+    told = rf"is one of 3 parts of a model.*--merge {first} {merged}\), then give source={merged}"
+    for given in (tmp_path, first, last):
+        with pytest.raises(UserError, match=told):
+            locate(given)
+    write_gguf(tmp_path / "tiny.Q4_0.gguf", weights)
+    with pytest.raises(UserError, match=r"holds 4 GGUF files .* give one of them"):
+        locate(tmp_path)
 
 
 DAMAGED = {
