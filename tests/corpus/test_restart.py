@@ -362,3 +362,22 @@ def test_a_ray_cluster_out_of_reach_is_told(settings: DataSettings, monkeypatch:
     with pytest.raises(UserError, match=told):
         prepare(settings, progress=False, executor=ExecutorSettings("ray"))
     assert not settings.home.exists()
+
+
+def test_rays_executor_is_quiet_and_its_first_warning_is_told(
+    settings: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(executor: executors.RayExecutor) -> None:
+        executors.logger.info("Will run pipeline on 20 incomplete ranks.")
+        executors.logger.warning("Task 0 failed with retriable error WorkerCrashedError: out of memory")
+
+    ray = ModuleType("ray")
+    ray.is_initialized = lambda: True  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(executors.RayExecutor, "run", run)
+    lines: list[str] = []
+    executors.logger.add(lines.append)
+    told = r"20 of 20 tasks are not done \(the first: 0; Task 0 .*: out of memory\); see"
+    with pytest.raises(UserError, match=told):
+        prepare(settings, progress=False, executor=ExecutorSettings("ray"))
+    assert lines == []

@@ -16,7 +16,7 @@ from datatrove.executor.base import DistributedEnvVars, PipelineExecutor
 from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
-from datatrove.utils.logging import logger
+from datatrove.utils.logging import logger, setup_default_logger
 
 from outgrow.model.base.errors import UserError, first_line
 from outgrow.model.keys import without
@@ -136,6 +136,18 @@ def _run_task(executor: LocalExecutor, rank: int) -> None:
 # ---- a cluster ---------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def overheard() -> Iterator[list[str]]:
+    """Keep datatrove's log off the terminal meanwhile, and yield the warnings in it as they come."""
+    warnings: list[str] = []
+    logger.remove()
+    logger.add(lambda line: warnings.append(line.record["message"]), level="WARNING")
+    try:
+        yield warnings
+    finally:
+        setup_default_logger()
+
+
 class TellsFaults(PipelineExecutor):
     """A cluster's executor whose tasks leave what is wrong with their input where the one who waits for them
     finds it."""
@@ -205,7 +217,8 @@ def _slurm(
     ):  # else it was submitted before the one who waited was stopped
         executor.forget_faults()
         try:
-            executor.run()
+            with overheard():
+                executor.run()
         except (OSError, subprocess.CalledProcessError) as error:
             raise UserError(
                 f"corpus.executor=slurm: sbatch failed ({error}); start this where jobs can be submitted, "
@@ -263,20 +276,23 @@ def _ray(
                 f"corpus.executor=ray: {where} cannot be reached or started ({first_line(error)}); name a "
                 "cluster that runs, or give corpus.executor=local"
             ) from error
-    executor = RayExecutor(
-        pipeline,
-        tasks,
-        workers=settings.at_once or -1,
-        cpus_per_task=settings.cpus,
-        mem_per_cpu_gb=settings.memory_gb,
-        logging_dir=str(folder),
-    )
+    with overheard():  # that the folder has to be shared, which docs/data.md says
+        executor = RayExecutor(
+            pipeline,
+            tasks,
+            workers=settings.at_once or -1,
+            cpus_per_task=settings.cpus,
+            mem_per_cpu_gb=settings.memory_gb,
+            logging_dir=str(folder),
+        )
     executor.forget_faults()
-    executor.run()
+    with overheard() as warnings:
+        executor.run()
     if (fault := executor.fault()) is not None:
         raise UserError(fault)
     if left := executor.get_incomplete_ranks():
+        cause = f"; {warnings[0]}" if warnings else ""
         raise UserError(
-            f"{name}: {len(left)} of {tasks} tasks are not done (the first: {left[0]}); see "
+            f"{name}: {len(left)} of {tasks} tasks are not done (the first: {left[0]}{cause}); see "
             f"{folder / 'logs'}. The same command goes on with them"
         )
