@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from outgrow.experiments.footprint.footprint import CostSettings, Footprint
+from outgrow.experiments.footprint.footprint import CostSettings, Footprint, known_device
 from outgrow.experiments.published import credits, read_rows
 from outgrow.experiments.table import UNDEFINED, amount
+from outgrow.model.geometry import flops_per_token
+from outgrow.model.presets import preset
 from outgrow.train.machine.inference import ALLOWANCE
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -31,7 +33,13 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Published:
-    """A row that others published, as printed there; None where no source that was read has it."""
+    """A row that others published, as printed there; None where no source that was read has it.
+
+    Attributes:
+        preset: the model's sizes.
+        card_gpu_hours: by its model card, where that says another number than the table.
+        card: what the card says.
+    """
 
     name: str
     parameters: str
@@ -45,6 +53,9 @@ class Published:
     source: str
     note: str
     micro_batch: str | None = None
+    preset: str | None = None
+    card_gpu_hours: str | None = None
+    card: str | None = None
 
 
 def published() -> list[Published]:
@@ -126,8 +137,34 @@ def _notes(settings: CostSettings) -> list[str]:
         "GB at the context ≈: weights and the cache of a full context in float16, and "
         f"{ALLOWANCE / 1e9:g} GB for all else.",
     ]
-    pairs = [(row.name, f"{row.source}; {row.note}.") for row in published()]
-    return notes + credits(pairs)
+    rows = published()
+    twofold = [row for row in rows if row.card_gpu_hours is not None]
+    pairs = [(row.name, f"{row.source}; {row.note}.") for row in rows]
+    return notes + [_two_hours(row, settings.mfu) for row in twofold] + credits(pairs)
+
+
+def _two_hours(row: Published, supposed: float) -> str:
+    """Say which utilisation the hours of the table suppose, and which those of the model card."""
+    assert row.preset is not None
+    assert row.card_gpu_hours is not None
+    peak = known_device(row.device).peak
+    flops = _figure(row.tokens) * flops_per_token(preset(row.preset), row.context)
+    hours_at_peak = flops / peak / 3600
+    by_table = hours_at_peak / _figure(row.gpu_hours)
+    by_card = hours_at_peak / _figure(row.card_gpu_hours)
+    return (
+        f"{row.name}'s hours are printed twice: {row.tokens} tokens are {flops:.3g} FLOPs, which its table's "
+        f"{row.gpu_hours} hours take at {by_table:.0%} of the device's peak and its model card's "
+        f"{row.card_gpu_hours} ({row.card}, of the same peak) at {by_card:.0%}; at {supposed:.0%}, as the "
+        f"forecasts suppose, it would be {hours_at_peak / supposed:,.0f}. The card does not say whether its "
+        "days are of computing alone."
+    )
+
+
+def _figure(printed: str) -> float:
+    """The number that is printed with a unit: 1.5K, 150B."""
+    units = {"K": 1e3, "B": 1e9}
+    return float(printed[:-1]) * units[printed[-1]]
 
 
 def as_csv(rows: Sequence[Footprint]) -> str:

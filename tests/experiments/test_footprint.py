@@ -128,6 +128,19 @@ def test_published_rows_name_their_source() -> None:
     assert all(row.source.startswith("arXiv ") and row.note for row in published())
 
 
+def test_hours_that_are_printed_twice_are_told_with_the_utilisation_that_each_supposes() -> None:
+    told = markdown([], settings_from(FORECAST))
+    # 6 FLOPs for each of 1.31 G parameters that multiply, and causal attention, by hand
+    flops = 150e9 * (6 * 1_312_817_152 + 6 * 24 * 2048 * 2049)
+    shares = [flops / (312e12 * 3600 * hours) for hours in (1500, 6100)]
+    first, second = (f"{share:.0%}" for share in shares)
+    assert f"150B tokens are {flops:.3g} FLOPs" in told
+    assert f"1.5K hours take at {first} of the device's peak and its model card's 6.1K" in told
+    assert f"at {second}; at 50%, as the forecasts suppose, it would be 2,265." in told
+    page = (Path(__file__).parents[2] / "docs" / "evidence.md").read_text()
+    assert f"utilisation of {first}, the second of {second}, and `mfu`'s 50% would be 2,265 hours" in page
+
+
 # ---- what is refused ---------------------------------------------------------------------------------------
 
 
