@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MARKERS = {"adamw": "o", "muon": "s", "adamw_8bit": "^"}
 DASHES = {"adamw": (0, (3, 2))}
 LINE = 14  # points from one label to the next
+ASIDE = 14  # points from an end to its label
 TITLE_LETTERS = 94  # that the picture is wide enough for
 FEW = 6  # lines whose names stand at their ends
 COLUMNS, ROW_INCHES = 5, 0.19  # of the legend, where the names do not stand at the ends
@@ -110,6 +111,7 @@ def _style(arm: str, optimizer: str, look: tuple[str, str]) -> dict[str, Any]:
         "marker": MARKERS.get(optimizer, "o"),
         "linewidth": 2.6 if arm == SCRATCH else 1.4,
         "markersize": 7,
+        "markeredgecolor": "white" if fill == "full" else colour,
         "zorder": 4,
     }
 
@@ -216,7 +218,9 @@ def _title(row: Worth) -> str:
 
 
 def _name(axes: Axes, labels: Sequence[Label]) -> None:
-    """Write each text beside its point, those above one another LINE points apart, none below the axes."""
+    """Write each text beside its point, those above one another LINE points apart, none below the axes; from
+    each a thin line leads to its point, which may be hidden under others.
+    """
     axes.autoscale_view()
     bottom, top = axes.get_ylim()
     inches = axes.bbox.height / axes.figure.dpi
@@ -224,7 +228,8 @@ def _name(axes: Axes, labels: Sequence[Label]) -> None:
     ordered = sorted(labels, key=lambda label: -label.up)
     levels = [(label.up - bottom) * points_a_unit for label in ordered]
     for label, level, height in zip(ordered, levels, _apart(levels), strict=True):
-        aside = 8 if label.aligned == "left" else -8
+        is_right = label.aligned == "left"
+        aside = ASIDE if is_right else -ASIDE
         axes.annotate(
             label.text,
             (label.across, label.up),
@@ -237,6 +242,14 @@ def _name(axes: Axes, labels: Sequence[Label]) -> None:
             fontweight="bold",
             zorder=5,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.8},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": label.colour,
+                "linewidth": 1.0,
+                "shrinkA": 0,
+                "shrinkB": 0,
+                "relpos": (0 if is_right else 1, 0.5),
+            },
         )
 
 

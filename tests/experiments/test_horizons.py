@@ -11,8 +11,10 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import wandb
+from matplotlib.text import Text
 
 from helpers.runs import fabricate
 from outgrow.experiments.__main__ import main
@@ -220,8 +222,16 @@ def test_the_picture_names_each_arm_at_its_end(tmp_path: Path) -> None:
     near = [end(name, 2e12, loss) for name, loss in (("one", 2.5), ("other", 2.501))]
     drawn = build(worths([CONTROL, *SCRATCH_ENDS, *near]))
     drawn.draw_without_rendering()
-    one, other = (text.get_window_extent() for text in drawn.axes[0].texts if text.get_text().startswith("o"))
+    names = [text for text in drawn.axes[0].texts if text.get_text().startswith("o")]
+    one, other = map(Text.get_window_extent, names)  # of the text, without the line to its point
     assert not one.overlaps(other)
+    assert [name.arrow_patch is not None for name in names] == [True, True]
+    for name in names:  # the end that lies under the other is told by its line
+        begin, *_, last = name.arrow_patch.get_path().vertices
+        assert (
+            min(np.hypot(*(point - drawn.axes[0].transData.transform(name.xy))) for point in (begin, last))
+            < 1
+        )
     many = [end(f"arm{number}", 2e12, 2.5 + number / 100) for number in range(7)]
     (legend,) = build(worths([CONTROL, *SCRATCH_ENDS, *many])).legends
     assert len(legend.get_texts()) == 9
@@ -232,9 +242,9 @@ def test_names_near_the_bottom_of_the_picture_stay_inside_of_it() -> None:
     figure = build(worths([CONTROL, *SCRATCH_ENDS, *ends]))
     figure.draw_without_rendering()
     for axes in figure.axes:
-        boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
+        boxes = sorted(map(Text.get_window_extent, axes.texts), key=lambda box: box.y0)
         assert boxes[0].y0 >= axes.bbox.y0
-        arms = [text.get_window_extent() for text in axes.texts if "arm" in text.get_text()]
+        arms = [Text.get_window_extent(text) for text in axes.texts if "arm" in text.get_text()]
         assert all(not one.overlaps(other) for one, other in itertools.combinations(arms, 2))
 
 
