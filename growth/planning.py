@@ -17,12 +17,12 @@ from outgrow.growth.mixture import changed_plan
 from outgrow.growth.operators import default_noise, options_of
 from outgrow.growth.plan import Plan, check_growable, decide, deepened
 from outgrow.growth.recipe import Growth
-from outgrow.growth.resolve import Resolved, derived_family, plain_source, resolve_family
+from outgrow.growth.resolve import Resolved, known_family, plain_source, resolve_family
 from outgrow.model.base.errors import UserError, reading
 from outgrow.model.checkpoint import Checkpoint, locate, names_of
 from outgrow.model.composite import flat
 from outgrow.model.config import DTYPES, Target, resolve_target
-from outgrow.model.family import Config, Family, family_of, has_schema
+from outgrow.model.family import Config, Family, has_schema
 from outgrow.model.presets import PRESETS, preset
 
 INHERIT_NOTHING = ("scratch", "source")  # arms that may train a network of another family
@@ -175,13 +175,9 @@ def laid_over(
     Raises:
         UserError: as `plan`.
     """
-    from outgrow.model.derive import whole_config
-
     config = source.config if isinstance(source, Checkpoint) else source
-    if has_schema(config):
-        resolved = Resolved(family_of(config))
-    elif operator == "scratch":  # which inherits nothing: there is nothing to rehearse
-        resolved = Resolved(derived_family(config), config=whole_config(config))
+    if has_schema(config) or operator == "scratch":
+        resolved = known_family(config)
     else:
         resolved = resolve_family(source, target, depth, operator, options)
     own = resolved.config or config

@@ -299,6 +299,20 @@ def _outcome(rehearsal: Rehearsal, sizes: str, operator: str) -> str:
     )
 
 
+def known_family(config: Config) -> Resolved:
+    """The family of a network that inherits nothing: by the schema that is here, or by one derived, for which
+    there is no growth to rehearse.
+
+    Raises:
+        UserError: the family is unknown to the library too, or no schema can be derived.
+    """
+    if has_schema(config):
+        return Resolved(family_of(config))
+    from outgrow.model.derive import whole_config
+
+    return Resolved(derived_family(config), config=whole_config(config))
+
+
 def derived_family(source: Checkpoint | Config) -> Family:
     """The schema that is derived for a source, also where one is written here; nothing is rehearsed.
 

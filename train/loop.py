@@ -61,7 +61,7 @@ from outgrow.train.start.source import (
     target_config,
     weights_read,
 )
-from outgrow.train.start.stages import Stage, spans_of, stages_of
+from outgrow.train.start.stages import Stage, check_growths, spans_of, stages_of
 from outgrow.train.start.teacher import find_teacher, teacher_folder
 from outgrow.train.start.transfer import frozen_tensors
 from outgrow.train.start.way import Way, find_ways, precision_of
@@ -173,6 +173,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
             if main:
                 trunk = find_trunk(trunks, settings, console.say)
                 check_text(settings, stages[0], source, data)
+                check_growths(stages, settings)
                 if trunk is None:
                     start = begin(settings, stages[0], source, folder)
                 else:

@@ -605,6 +605,18 @@ def test_a_stage_without_a_step_is_told(staged: Settings, phi_config: dict[str, 
         stages_of(short, phi_config | {"num_hidden_layers": 4})
 
 
+def test_a_growth_on_the_way_that_cannot_be_is_told_before_the_first_step(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    stages = "growth.stages=[{until:0.5,sizes:{hidden_size:64}},{until:1.0,operator:lossless,noise:0.0}]"
+    settings = compose([*overrides, "growth=g_stack", stages, f"out={tmp_path / 'run'}"])
+    with pytest.raises(
+        UserError, match=r"(?s)growth\.stages\[1\]: .*residual 16 is smaller than the source's 64"
+    ):
+        loop.train(settings)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 # ---- families without a schema -----------------------------------------------------------------------------
 
 
@@ -629,3 +641,27 @@ def test_a_family_without_a_schema_is_grown_and_trained(overrides: list[str], tm
     assert end[-1]["flops"] == pytest.approx(
         768 * json.loads((tmp_path / "large" / "run.json").read_text())["flops_per_token"]
     )
+
+
+@pytest.mark.slow
+def test_a_family_without_a_schema_grows_on_its_way(overrides: list[str], tmp_path: Path) -> None:
+    sizes = (
+        "hidden_size:16,intermediate_size:32,num_hidden_layers:4,num_attention_heads:2,num_key_value_heads:2"
+    )
+    own = f"target={{model_type:starcoder2,vocab_size:300,max_position_embeddings:32,bos_token_id:0,eos_token_id:0,{sizes}}}"
+    bare = [text for text in overrides if not text.startswith("target=")]
+    settings = compose([*bare, own, "growth=g_stack", STAGES, f"out={tmp_path / 'run'}"])
+    folder = loop.train(settings)
+    assert read_json(folder / "final" / "config.json")["num_hidden_layers"] == 4
+    run = json.loads((folder / "run.json").read_text())
+    costs = [
+        flops_per_token(run["target_config"] | {"num_hidden_layers": layers}, 16) for layers in (1, 2, 4)
+    ]
+    assert [row["flops"] for row in rows(folder, "growth")] == pytest.approx(
+        [256 * costs[0], 256 * sum(costs[:2])]
+    )
+    before, grown_losses = (
+        [row["val_loss"] for row in rows(folder, kind)] for kind in ("before_growth", "growth")
+    )
+    assert grown_losses[1] == pytest.approx(before[1], abs=1e-5), "an identity growth keeps the loss"
+    assert grown_losses[0] != pytest.approx(before[0], abs=1e-5), "a stacked one does not"

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from outgrow.growth.planning import plan
+from outgrow.growth.resolve import known_family
 from outgrow.model.base.errors import UserError
 from outgrow.model.config import resolve_target
-from outgrow.model.family import family_of
+from outgrow.model.family import Family
 from outgrow.model.geometry import flops_per_token, unpaid_flops_per_token
 from outgrow.model.keys import follow_layers
 from outgrow.train.run.folder import START
@@ -58,12 +61,14 @@ def stages_of(settings: Settings, config: Mapping[str, Any]) -> tuple[Stage, ...
     """The stages of a run whose last network has `config`.
 
     Raises:
-        UserError: a stage has no step, or would not grow.
+        UserError: a stage has no step, or the family is unknown to the library too.
     """
     steps = settings.budget.steps
     growth = settings.growth
     if not growth.stages:
         return (Stage(0, 0, steps, dict(config), growth),)
+    resolved = known_family(config)
+    last_config = resolved.config or config
     stages: list[Stage] = []
     for number, asked in enumerate(growth.stages):
         first = stages[-1].last if stages else 0
@@ -78,7 +83,7 @@ def stages_of(settings: Settings, config: Mapping[str, Any]) -> tuple[Stage, ...
         if number > 0:
             options = dict(asked.options)
             own = GrowthSettings(growth.name, asked.operator, options)
-        own_config = _config_of(config, asked.layers, asked.sizes)
+        own_config = _config_of(last_config, resolved.family, asked)
         stages.append(Stage(number, first, last, own_config, own, asked.moments))
     return tuple(stages)
 
@@ -92,15 +97,28 @@ def _last_step(asked: StageSettings, settings: Settings) -> int:
     return round(asked.until * budget.steps)
 
 
-def _config_of(config: Mapping[str, Any], layers: float, sizes: Mapping[str, Any]) -> dict[str, Any]:
+def _config_of(config: Mapping[str, Any], family: Family, asked: StageSettings) -> dict[str, Any]:
     """The run's last config with a share of its layers, and with other sizes."""
-    family = family_of(config)
     depth = family.require(config, "num_hidden_layers")
-    count = max(1, round(layers * depth))
-    own = {family.field_name("num_hidden_layers"): count, **sizes}
-    smaller = resolve_target(own, config)
+    count = max(1, round(asked.layers * depth))
+    own = {family.field_name("num_hidden_layers"): count, **asked.sizes}
+    smaller = resolve_target(own, config, family)
     first = range(count)
     return {key: follow_layers(key, value, first, depth) for key, value in smaller.items()}
+
+
+def check_growths(stages: Sequence[Stage], settings: Settings) -> None:
+    """Plan the growth between every two stages, before anything is trained.
+
+    Raises:
+        UserError: a stage does not grow into the next one.
+    """
+    for before, stage in pairwise(stages):
+        growth = stage.growth
+        try:
+            plan(before.config, stage.config, growth.operator, seed=settings.seed, **growth.options)
+        except UserError as fault:
+            raise UserError(f"growth.stages[{stage.number}]: {fault}") from None
 
 
 def spans_of(
