@@ -656,7 +656,13 @@ def test_every_study_has_its_row(name: str) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", row[3])
     if (comparison := folder / "comparison.json").is_file():
         result = json.loads(comparison.read_text())
-        assert row[2].startswith(result["answer"])
+        opening, found, _ = row[2].partition(result["answer"])
+        assert found
+        if opening:  # the question is about changes: these come first, with what the seeds tell of each
+            for change in result["changes"]:
+                size = f"{change['difference']:+.3f} ± {change['interval']:.3f}".replace("-", "−")
+                assert re.search(rf"{change['verdict']}[^`]* \(`{change['arm']}`, {re.escape(size)}", opening)
+            assert len(re.findall(r"\d\.\d", opening)) == 2 * len(result["changes"])
         assert all(f"`{change['arm']}`" in row[2] for change in result["changes"])
     log = subprocess.run(
         ["git", "log", "--format=%h %as", "--", str(folder)],
