@@ -39,7 +39,7 @@ from outgrow.growth import grow, plan
 from outgrow.growth.verify import Meter, passage_for
 from outgrow.model.base.atomic import whole
 from outgrow.model.build import load_model
-from outgrow.model.checkpoint import locate
+from outgrow.model.locate import locate
 from outgrow.train.suite.suite import load_suite
 
 HERE = Path(__file__).resolve().parent

@@ -205,7 +205,8 @@ def _what_was_learned(learned: dict[str, Any]) -> str:
 
 def _source(settings: Settings) -> Any:
     """The source of a plan: a preset's name needs no weights."""
-    from outgrow.model.checkpoint import Checkpoint, locate
+    from outgrow.model.checkpoint import Checkpoint
+    from outgrow.model.locate import locate
     from outgrow.model.presets import PRESETS
 
     is_preset = settings.source in PRESETS

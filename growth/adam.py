@@ -283,7 +283,7 @@ def load_adam(folder: Path | str, target: torch.optim.Optimizer, target_model: P
     """
     from safetensors import safe_open
 
-    from outgrow.model.checkpoint import tensor_table
+    from outgrow.model.headers import tensor_table
 
     folder = Path(folder) / OPTIMIZER
     if not folder.is_dir():

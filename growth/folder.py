@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outgrow.model.base.atomic import FORMER, exchange, partial_of
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, names_of
 from outgrow.model.base.locks import Lock
-from outgrow.model.checkpoint import names_of
 from outgrow.model.config import read_json
 
 RECIPE = "growth.json"  # the record of a finished growth; its `files` are what growth made

@@ -31,8 +31,9 @@ from outgrow.growth.resolve import plain_source
 from outgrow.growth.source_checks import check_head, check_tokenizer
 from outgrow.growth.verify import Receipt, check_receipt, passage_for, verify_structure
 from outgrow.model.base.errors import UserError
-from outgrow.model.checkpoint import Checkpoint, locate
+from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.config import Target
+from outgrow.model.locate import locate
 
 if TYPE_CHECKING:
     from outgrow.growth.adam import AdamState

@@ -15,12 +15,12 @@ from outgrow.growth.engine.finite import FiniteReader
 from outgrow.growth.engine.tensors import Tensors, expand
 from outgrow.growth.plan import Plan, check_tensors
 from outgrow.growth.planning import plan
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, names_of
 from outgrow.model.build import meta_model
-from outgrow.model.checkpoint import Stored, names_of
 from outgrow.model.composite import flat
 from outgrow.model.config import Target
 from outgrow.model.family import has_schema
+from outgrow.model.headers import Stored
 from outgrow.model.twin import layerless
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from outgrow.growth.layers import LayerMap, among_kinds, layer_map
 from outgrow.growth.operators import recipe
 from outgrow.growth.recipe import Growth, Recipe
 from outgrow.growth.remarks import remarks
-from outgrow.model.base.errors import UserError
-from outgrow.model.checkpoint import Stored, names_of
+from outgrow.model.base.errors import UserError, names_of
 from outgrow.model.config import rope_of, value_faults
 from outgrow.model.dtypes import is_float
 from outgrow.model.family import Config, Family, Tensor, initial_deviation
+from outgrow.model.headers import Stored
 
 _Fault = tuple[str, str]  # (name with `*` for the layer, what is wrong)
 

@@ -18,11 +18,12 @@ from outgrow.growth.operators import default_noise, options_of
 from outgrow.growth.plan import Plan, check_growable, decide, deepened
 from outgrow.growth.recipe import Growth
 from outgrow.growth.resolve import Resolved, known_family, plain_source, resolve_family
-from outgrow.model.base.errors import UserError, reading
-from outgrow.model.checkpoint import Checkpoint, locate, names_of
+from outgrow.model.base.errors import UserError, names_of, reading
+from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.composite import flat
 from outgrow.model.config import DTYPES, Target, resolve_target
 from outgrow.model.family import Config, Family, has_schema
+from outgrow.model.locate import locate
 from outgrow.model.presets import PRESETS, preset
 
 INHERIT_NOTHING = ("scratch", "source")  # arms that may train a network of another family

@@ -20,10 +20,10 @@ from outgrow.growth.engine.stream import write_model
 from outgrow.growth.operators import default_noise
 from outgrow.growth.plan import Plan, decide
 from outgrow.growth.recipe import Growth
-from outgrow.model.base.errors import UserError, in_one_line
+from outgrow.model.base.errors import UserError, in_one_line, names_of
 from outgrow.model.base.quiet import quietly
 from outgrow.model.build import computing_in, load_model
-from outgrow.model.checkpoint import Checkpoint, names_of
+from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.config import resolve_target
 from outgrow.model.derive import (
     Draft,

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 from outgrow.growth.layers import LAYER_MAPS, layer_map
 from outgrow.growth.plan import deepened
 from outgrow.growth.recipe import Growth
-from outgrow.model.base.errors import UserError
-from outgrow.model.checkpoint import Checkpoint, is_plain, names_of
+from outgrow.model.base.errors import UserError, names_of
+from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.composite import flat
 from outgrow.model.config import Target, resolve_target
 from outgrow.model.depth_only import outline
 from outgrow.model.family import MAX_LAYERS, Config, Family, family_of, has_schema
 from outgrow.model.fp8 import dequantised, obstacle
 from outgrow.model.keys import DEPTH_KEYS, EXPERTS, HEAD_KEYS, follow_layers, without
+from outgrow.model.quantisation import is_plain
 
 if TYPE_CHECKING:
     from outgrow.growth.rehearse import Rehearsal

@@ -10,8 +10,9 @@ from dataclasses import MISSING, fields
 
 from outgrow.growth.resolve import derived_family
 from outgrow.model.base.errors import UserError, unknown
-from outgrow.model.checkpoint import Checkpoint, locate
+from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.family import Family
+from outgrow.model.locate import locate
 
 KEYS = ("source", "revision")
 HEAD = '''"""{name}: derived from transformers' own class, and not rehearsed.

@@ -17,8 +17,7 @@ from outgrow.growth.expansion import AxisMap, Expansion, Fill
 from outgrow.growth.experts import FFN, Change, Expert, needed, numbered, routed_tensors
 from outgrow.growth.plan import Plan
 from outgrow.growth.recipe import Growth
-from outgrow.model.base.errors import UserError
-from outgrow.model.checkpoint import names_of
+from outgrow.model.base.errors import UserError, names_of
 from outgrow.model.config import rope_of
 from outgrow.model.family import STANDARD, Config, Family, Tensor
 from outgrow.model.keys import only, without

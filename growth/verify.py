@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from outgrow.growth.passage import Continuation, Passage, continued, read_passage
-from outgrow.model.base.errors import UserError, in_one_line
-from outgrow.model.checkpoint import Checkpoint, names_of, tensor_table
+from outgrow.model.base.errors import UserError, in_one_line, names_of
+from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.dtypes import is_float, to_float
 from outgrow.model.family import Config
+from outgrow.model.headers import tensor_table
 
 if TYPE_CHECKING:
     import torch

@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from outgrow.model.base.errors import UserError
-from outgrow.model.checkpoint import Checkpoint, Stored, is_plain, quantisation_entries, without_quantisation
+from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.dtypes import config_dtype, is_float, to_float, to_raw
+from outgrow.model.headers import Stored
 from outgrow.model.keys import is_size
+from outgrow.model.quantisation import is_plain, quantisation_entries, without_quantisation
 
 if TYPE_CHECKING:
     import torch

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, names_of
 from outgrow.model.base.files import write_json
 from outgrow.model.build import load_model
-from outgrow.model.checkpoint import names_of
 from outgrow.model.config import read_config
 from outgrow.model.geometry import active_parameter_count, flops_per_token, flops_source, parameter_count
 from outgrow.train.corpus import prepare

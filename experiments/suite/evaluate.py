@@ -15,8 +15,8 @@ from outgrow.model.base.compose import CONF, compose_config
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import read_object, write_json
 from outgrow.model.base.settings import settings_of
-from outgrow.model.checkpoint import locate
 from outgrow.model.gguf import gguf_in
+from outgrow.model.locate import locate
 from outgrow.train.run.folder import FINAL, RUN
 from outgrow.train.suite.suite import BenchmarkTask, Suite, group_averages
 

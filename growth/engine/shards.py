@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from outgrow.model.checkpoint import INDEX, SINGLE
 from outgrow.model.dtypes import bytes_of
+from outgrow.model.headers import INDEX, SINGLE
 
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hugging Face hub recommends
 PENDING = 32  # writes under way while the next ones are computed: of 2 MB each, 64 MB of page cache

@@ -14,8 +14,8 @@ from outgrow.growth.engine.execute import Expander
 from outgrow.growth.engine.rows import Reader
 from outgrow.growth.plan import Plan
 from outgrow.model.base.errors import UserError
-from outgrow.model.checkpoint import Stored
 from outgrow.model.dtypes import RAW
+from outgrow.model.headers import Stored
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, names_of
 from outgrow.model.build import empty_model, stored_names
-from outgrow.model.checkpoint import names_of, tensor_table
 from outgrow.model.dtypes import RAW, is_float, to_float, to_raw
 from outgrow.model.family import Config, has_schema
+from outgrow.model.headers import tensor_table
 
 Values = Callable[[str], np.ndarray]  # a stored tensor's values by its name, in its own shape
 

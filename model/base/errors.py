@@ -112,6 +112,15 @@ def loading_faults(report: Mapping[str, Iterable[object]]) -> list[str]:
     return faults
 
 
+def names_of(words: Iterable[str]) -> str:
+    """The first few of many names, for an error message."""
+    names = sorted(words)
+    first = ", ".join(names[:3])
+    if len(names) <= 3:
+        return first
+    return f"{first}, … ({len(names)} in all)"
+
+
 def first_line(fault: BaseException) -> str:
     """The first line of another library's error, to be quoted; its class's name where it says nothing."""
     message = str(fault).strip() or type(fault).__name__

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from outgrow.growth import grow, plan
 from outgrow.model.base.errors import UserError
-from outgrow.model.checkpoint import Checkpoint, read_header
+from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.config import MAX_CONFIG_VALUES, read_config, read_json
+from outgrow.model.headers import read_header
 
 TARGET = {"intermediate_size": 80}
 WRONG: tuple[Any, ...] = ("x", [], [1], {"a": 1}, True, {})

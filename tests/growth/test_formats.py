@@ -18,7 +18,8 @@ from helpers.unwritten import config_of as unwritten
 from outgrow.growth import grow, plan
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import load_model
-from outgrow.model.checkpoint import SINGLE, Checkpoint
+from outgrow.model.checkpoint import Checkpoint
+from outgrow.model.headers import SINGLE
 
 METHODS: dict[str, dict[str, Any]] = {
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},

@@ -35,8 +35,9 @@ from outgrow.growth.operators import options_of
 from outgrow.growth.record import recorded_plan
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model, empty_model, load_model, to_hf_config
-from outgrow.model.checkpoint import SINGLE, Checkpoint
+from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.geometry import flops_per_token
+from outgrow.model.headers import SINGLE
 from outgrow.train.data.tokenizer import save_tokenizer, train_tokenizer
 
 TEXT = " ".join(

@@ -19,7 +19,7 @@ from outgrow.growth.passage import NEW, PROMPTS, ROWS, continued, read_passage
 from outgrow.growth.verify import compare_logits, measure
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import load_model
-from outgrow.model.checkpoint import SINGLE
+from outgrow.model.headers import SINGLE
 from outgrow.train.data.tokenizer import save_tokenizer, train_tokenizer
 
 TEXT = " ".join(

@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 
 import outgrow.growth.engine.shards
 from outgrow.growth.engine.shards import PENDING, Entry, ShardWriter, layout, write_index
-from outgrow.model.checkpoint import Checkpoint, read_header
+from outgrow.model.checkpoint import Checkpoint
+from outgrow.model.headers import read_header
 
 ROWS = {"a": 7, "b": 1, "c": 513, "d": 3, "e": 2, "f": 900, "g": 1, "h": 0}
 COLUMNS = {"a": 3, "b": 5, "c": 1024, "d": 2048, "e": 1 << 21, "f": 1111, "g": 2048 * 300, "h": 4}

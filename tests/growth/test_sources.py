@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from outgrow.growth import grow, plan
 from outgrow.model.base.errors import UserError
-from outgrow.model.checkpoint import Checkpoint, locate
+from outgrow.model.checkpoint import Checkpoint
+from outgrow.model.locate import locate
 
 TARGET = {"intermediate_size": 80}
 

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from outgrow.model.base.errors import UserError
-from outgrow.model.checkpoint import SINGLE, Checkpoint, locate
+from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.dtypes import to_float, to_raw
+from outgrow.model.headers import SINGLE
+from outgrow.model.locate import locate
 
 
 @pytest.mark.parametrize("source", ["/nowhere/at/all", "nowhere", "a/b/c", "../x"])

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM
 from outgrow.growth import grow
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import load_model
-from outgrow.model.checkpoint import INDEX, SINGLE, Checkpoint, locate
+from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.companions import is_companion
+from outgrow.model.headers import INDEX, SINGLE
+from outgrow.model.locate import locate
 
 GOES = [
     "tokenizer.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",

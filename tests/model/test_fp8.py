@@ -17,8 +17,9 @@ from outgrow.growth import grow, plan
 from outgrow.growth.verify import measure
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import load_model
-from outgrow.model.checkpoint import SINGLE, Checkpoint
+from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.fp8 import Dequantised, dequantised, numbers
+from outgrow.model.headers import SINGLE
 
 SIZES = {
     "vocab_size": 64,

@@ -18,8 +18,9 @@ from helpers.models import random_model
 from outgrow.growth import grow
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import load_model
-from outgrow.model.checkpoint import SINGLE, locate
 from outgrow.model.gguf import unpacked
+from outgrow.model.headers import SINGLE
+from outgrow.model.locate import locate
 
 gguf = pytest.importorskip("gguf")
 LLAMA = {

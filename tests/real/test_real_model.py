@@ -29,7 +29,9 @@ from outgrow.growth.moments import inexact
 from outgrow.growth.resolve import derived_family
 from outgrow.growth.verify import Meter
 from outgrow.model.build import load_model
-from outgrow.model.checkpoint import SINGLE, Checkpoint, locate
+from outgrow.model.checkpoint import Checkpoint
+from outgrow.model.headers import SINGLE
+from outgrow.model.locate import locate
 
 real = script("real_model")
 Unreachable = script("fetching").Unreachable

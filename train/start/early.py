@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from outgrow.model.checkpoint import Checkpoint, is_hub_name, locate
+from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.family import has_schema
+from outgrow.model.locate import is_hub_name, locate
 from outgrow.train.run.folder import RUN
 from outgrow.train.settings import UNGROWN, Settings, horizon_runs
 

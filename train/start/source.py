@@ -23,11 +23,12 @@ from outgrow.growth.record import read_ledger
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import whole_folder
 from outgrow.model.build import build_model, known_size, load_model
-from outgrow.model.checkpoint import Checkpoint, locate
+from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.config import read_config, resolve_target
 from outgrow.model.dtypes import TORCH_NAMES, is_short
 from outgrow.model.family import Config, has_schema
 from outgrow.model.geometry import flops_per_token, parameter_count
+from outgrow.model.locate import locate
 from outgrow.model.spelling import spell_folder
 from outgrow.train.run.folder import PICTURE
 from outgrow.train.run.record import RunRecord, SourceCost, Start

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import known_size, load_model
-from outgrow.model.checkpoint import locate
 from outgrow.model.config import read_config
 from outgrow.model.family import Config
+from outgrow.model.locate import locate
 from outgrow.train.loss import CHUNK_TOKENS, NextTokenLoss, balanced
 from outgrow.train.machine.compile import fuse_activations
 from outgrow.train.start.way import Way
