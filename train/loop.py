@@ -7,10 +7,9 @@ train(compose(["experiment=tiny", "growth=lossless"]))   # → runs/tiny-lossles
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,52 +18,59 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from outgrow.model.base.errors import UserError, names_of
+from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import write_json
-from outgrow.model.build import load_model
 from outgrow.model.config import read_config
 from outgrow.model.geometry import active_parameter_count, flops_per_token, flops_source, parameter_count
 from outgrow.train.corpus import prepare
 from outgrow.train.data import TokenData, check_vocabulary
 from outgrow.train.data.batches import validation_batches, window_count
 from outgrow.train.data.mixture import mixed, tokens_read
-from outgrow.train.evaluate import evaluate
+from outgrow.train.keeping import (
+    check_range,
+    check_weights,
+    grow_into,
+    metrics_so_far,
+    publish_average,
+    save,
+    stopped,
+    stopping,
+    summarise,
+)
 from outgrow.train.machine.device import device_name, peak_flops, session, signs
 from outgrow.train.machine.distribute import whole_weights
 from outgrow.train.machine.watch import watching
 from outgrow.train.noise_scale import first_micro_batches
 from outgrow.train.objects import RunContext, TrainingObjects, build_objects, fill_state
-from outgrow.train.router import unbalanced
+from outgrow.train.observing import benchmark_every, introduction, measure_benchmarks, validate, write_samples
 from outgrow.train.run import folder as run_folder
 from outgrow.train.run import state
-from outgrow.train.run.checkpoints import Saver, newest_intact, saving
+from outgrow.train.run.checkpoints import newest_intact, saving
 from outgrow.train.run.clock import Meter
 from outgrow.train.run.export import publish, recast
 from outgrow.train.run.horizons import branch_step, find_trunk, keep_stable, take_over_trunk, trunk_record
 from outgrow.train.run.log import Console, open_log
 from outgrow.train.run.profile import profiling
-from outgrow.train.run.reading import cut_record, loss_warnings, rate_warnings, reading, tokenizer_warnings
-from outgrow.train.run.record import RunRecord, Summary, TextRecord, signed
-from outgrow.train.run.samples import samples
-from outgrow.train.run.signals import Stopped, any_process, watched
+from outgrow.train.run.reading import cut_record, rate_warnings, reading, tokenizer_warnings
+from outgrow.train.run.record import RunRecord, TextRecord, signed
+from outgrow.train.run.signals import any_process, watched
 from outgrow.train.settings import Settings, horizon_runs, needs_source
 from outgrow.train.start.lesson import check_text
 from outgrow.train.start.rehearsal import rehearse_end
 from outgrow.train.start.source import (
     begin,
     find_source,
-    grow_on,
     source_cost,
     source_dtype,
     start_read,
     target_config,
     weights_read,
 )
-from outgrow.train.start.stages import Stage, check_growths, spans_of, stages_of
+from outgrow.train.start.stages import check_growths, spans_of, stages_of
 from outgrow.train.start.teacher import find_teacher, teacher_folder
 from outgrow.train.start.transfer import frozen_tensors
 from outgrow.train.start.way import Way, find_ways, precision_of
-from outgrow.train.step import NotFinite, drawn
+from outgrow.train.step import NotFinite
 
 
 def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
@@ -391,221 +397,6 @@ def diagnosing(objects: TrainingObjects, number: int) -> AbstractContextManager[
     return nullcontext() if objects.diagnostics is None else objects.diagnostics.step(number)
 
 
-def introduction(context: RunContext, objects: TrainingObjects, stage: Stage) -> Iterator[str]:
-    """Lines on what is about to train, and on what."""
-    count = parameter_count(stage.config)
-    active = active_parameter_count(stage.config)
-    sparsity = f" ({active:,} active for each token)" if active < count else ""
-    steps = f"{context.clock.position.step} to {stage.last}"
-    tokens = context.settings.budget.tokens_per_step
-    yield f"{count:,} parameters{sparsity}, steps {steps} of {tokens:,} tokens"
-
-    notes = unbalanced(objects.network), drawn(objects.network)
-    yield from filter(None, notes)
-    if objects.diagnostics is not None:
-        yield from objects.diagnostics.remarks
-
-    accelerator = context.accelerator
-    device = device_name(accelerator.device)
-    processes = f"{accelerator.num_processes} process(es)"
-    precision = precision_of(accelerator.mixed_precision)
-    attention = f"attention {context.way.attention} ({context.way.why})"
-    yield f"{device}, {processes}, {precision}, {attention}"
-
-
-def validate(context: RunContext, objects: TrainingObjects, kind: str = "eval") -> None:
-    """Take the validation loss, off the training clock, and log it.
-
-    Args:
-        kind: "before_growth" and "growth" for the losses of a network that is about to grow and of the one
-            that has just grown, whose difference is the height of the spike; neither is the run's own.
-    """
-    position = context.clock.position
-    console = context.console
-    measure = partial(
-        evaluate,
-        objects.objective,
-        context.windows,
-        context.accelerator,
-        context.data.validation.bytes_per_token,
-    )
-    averaged: dict[str, float] = {}
-    with context.clock.paused():
-        result = measure()
-        if objects.average is not None:
-            with objects.average.applied():
-                of_average = asdict(measure())
-            averaged = {f"ema_{name}": value for name, value in of_average.items()}
-    if kind == "eval":
-        position.ema_val_loss = averaged.get("ema_val_loss")
-        position.ema_bits_per_byte = averaged.get("ema_bits_per_byte")
-        loss = result.val_loss
-        if position.start_val_loss is None:
-            position.start_val_loss = loss
-            vocabulary = context.data.vocab_size
-            for line in loss_warnings(context.settings, loss, vocabulary):
-                console.say(line)
-        position.val_loss = loss
-        position.bits_per_byte = result.bits_per_byte
-        best = position.best_val_loss
-        if best is None:
-            best = math.inf
-        if position.step > 0 and loss < best:  # false for NaN
-            position.best_val_loss = loss
-            position.best_step = position.step
-    if context.log:
-        clocks = context.clock.clocks()
-        context.log.write(kind, clocks, **asdict(result), **averaged)
-
-
-def write_samples(
-    context: RunContext,
-    objects: TrainingObjects,
-    when: str,
-    final: Path | None = None,
-) -> None:
-    """Log what the network writes, off the training clock.
-
-    Args:
-        final: the folder to load the network from, where its own weights are sharded.
-    """
-    if context.log is None:
-        return
-    accelerator = context.accelerator
-    with context.clock.paused():
-        network = objects.network
-        if final is not None:
-            network = load_model(final).to(accelerator.device)
-        sampled = partial(samples, network, context.data, context.windows, accelerator)
-        clocks = context.clock.clocks()
-        context.log.samples(when, clocks, sampled)
-
-
-def benchmark_every(settings: Settings) -> int | None:
-    """The number of steps between two measurements of the benchmarks; None: at the end alone."""
-    every = settings.evaluate.every_tokens
-    if every is None:
-        return None
-    steps = round(every / settings.train.batch_tokens)
-    return max(1, steps)
-
-
-def measure_benchmarks(context: RunContext, objects: TrainingObjects) -> None:
-    """Measure the benchmarks, off the training clock, on the process that writes; the others wait in their
-    next step."""
-    assert context.benchmarks is not None
-    with context.clock.paused():
-        scores = context.benchmarks.measure(objects.network, context.accelerator)
-    if context.log:
-        clocks = context.clock.clocks()
-        context.log.write("benchmark", clocks, **scores)
-
-
-def metrics_so_far(context: RunContext) -> str:
-    """The rows of metrics.jsonl, which are on the disk when this returns; "" on processes that do not
-    write."""
-    return context.log.rows() if context.log else ""
-
-
-def save(context: RunContext, objects: TrainingObjects, saver: Saver) -> None:
-    """Save a checkpoint, unless a weight is not finite: then the one before stays the newest.
-
-    Raises:
-        UserError: a weight is not finite, or out of range of the dtype that it will be stored in at the end.
-    """
-    check_weights(context, objects, saver)
-    saver.save(context.clock.position, metrics_so_far(context))
-    check_range(context, objects, saver)
-
-
-def check_weights(context: RunContext, objects: TrainingObjects, saver: Saver) -> None:
-    """Stop the run where a weight is not finite: nothing that it trains from here on is of any use.
-
-    Raises:
-        UserError: a weight is not finite.
-    """
-    try:
-        objects.step.check_weights(context.clock.position.step)
-    except NotFinite as fault:
-        raise stopping(context, saver, fault) from None
-
-
-def check_range(context: RunContext, objects: TrainingObjects, saver: Saver) -> None:
-    """Stop the run where a weight is out of range of the dtype that it will be stored in (train.save_dtype).
-
-    The state is saved, so that the run can go on under another dtype.
-
-    Raises:
-        UserError: naming such weights.
-    """
-    dtype = context.dtype
-    if dtype == "float32":
-        return
-    names = objects.step.beyond(getattr(torch, dtype))
-    if not names:
-        return
-    step = context.clock.position.step
-    if step:
-        saver.save(context.clock.position, metrics_so_far(context))
-    saver.wait()
-    raise UserError(
-        f"train.save_dtype: after step {step}, {names_of(names)} hold values beyond the range of {dtype}; "
-        "the same command with train.save_dtype=bfloat16 or float32 goes on from there"
-    )
-
-
-def stopping(context: RunContext, saver: Saver, fault: NotFinite) -> UserError:
-    """The error to stop the run with, once its last state with finite weights is on the disk."""
-    if not fault.weights:
-        saver.save(context.clock.position, metrics_so_far(context))
-    saver.wait()
-    return fault.with_way_out(saver.newest)
-
-
-def stopped(signal: str | None, step: int) -> Stopped:
-    """The end of a run that a signal stopped after `step`; None: the signal came to another process."""
-    cause = signal or "a signal to another process"
-    return Stopped(f"stopped by {cause} after step {step}, which is saved", signal)
-
-
-def grow_into(context: RunContext, objects: TrainingObjects, following: Stage) -> None:
-    """Grow the trained network into the start of the `following` stage, on disk, and free its memory.
-
-    The averaged weights grow as the weights do: by the same maps, with the same random numbers.
-    """
-    accelerator = context.accelerator
-    settings = context.settings
-    folder = context.folder
-    with context.clock.paused():
-        weights = whole_weights(objects.objective, accelerator)
-        if accelerator.is_main_process:
-            adam = objects.adam() if following.moments else None
-            start = following.start(folder)
-            grow_on(objects.network, weights, adam, following, settings, start)
-        if objects.average is not None:
-            with objects.average.applied():
-                averaged = whole_weights(objects.objective, accelerator)
-                if accelerator.is_main_process:
-                    start = following.averaged_start(folder)
-                    grow_on(objects.network, averaged, None, following, settings, start)
-        accelerator.wait_for_everyone()
-        accelerator.free_memory()
-
-
-def publish_average(context: RunContext, objects: TrainingObjects, run: RunRecord) -> None:
-    """Write the averaged weights of a run that has ended, where it keeps them, beside its `final/`."""
-    if objects.average is None:
-        return
-    accelerator = context.accelerator
-    data = context.data
-    with objects.average.applied():
-        weights = whole_weights(objects.objective, accelerator)
-        if accelerator.is_main_process:
-            summary = summarise(context.clock.position)
-            arguments = run, summary, None, context.dtype
-            publish(context.folder, objects.network, weights, data, *arguments, averaged=True)
-
-
 def measured(
     settings: Settings,
     config: dict[str, Any],
@@ -636,18 +427,3 @@ def measured(
         "precision": precision_of(accelerator.mixed_precision),
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
     }
-
-
-def summarise(position: state.Position) -> Summary:
-    """The summary of a run that stands at `position`, its end."""
-    losses = position.start_val_loss, position.val_loss, position.bits_per_byte
-    return Summary(
-        *losses,  # type: ignore[arg-type]  # measured at step 0 and after the last step
-        tokens=position.tokens,
-        flops=position.flops,
-        seconds=round(position.seconds, 3),
-        steps=position.step,
-        skipped_steps=position.skipped,
-        ema_val_loss=position.ema_val_loss,
-        ema_bits_per_byte=position.ema_bits_per_byte,
-    )

@@ -13,7 +13,7 @@ import pytest
 
 from helpers.toy import assert_same_run, at, rows
 from outgrow.model.base.errors import UserError
-from outgrow.train import loop
+from outgrow.train import loop, observing
 from outgrow.train.run import state
 from outgrow.train.run.record import Evaluation
 from outgrow.train.settings import Budget, Settings, compose
@@ -61,7 +61,7 @@ def test_the_checkpoint_of_the_lowest_validation_loss_is_saved_when_it_is_measur
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([9.0, 4.0, 5.0, 3.0, 6.0, 7.0])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(next(losses), 1.0))
+    monkeypatch.setattr(observing, "evaluate", lambda *_: Evaluation(next(losses), 1.0))
     loop.train(at(settings, tmp_path / "run", keep_best=True, budget_tokens=1280, save_every_tokens=512))
     assert [(row["step"], row["val_loss"]) for row in rows(tmp_path / "run", "eval")][1:] == [
         (2, 4),

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from helpers.toy import assert_same_run, at, rows
-from outgrow.train import loop
+from outgrow.train import loop, observing
 from outgrow.train.run import trackers
 from outgrow.train.run.log import Console
 from outgrow.train.settings import Settings, compose
@@ -73,7 +73,7 @@ def test_samples_that_cannot_be_written_stop_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(loop, "samples", lambda *_: 1 / 0)
+    monkeypatch.setattr(observing, "samples", lambda *_: 1 / 0)
     loop.train(dataclasses.replace(at(settings, tmp_path / "run"), progress="lines"))
     said = capsys.readouterr().out
     assert "no samples at the start (ZeroDivisionError" in said

@@ -71,7 +71,7 @@ def test_a_class_trains_and_its_loss_is_the_librarys_own(
         return evaluate(model, batches, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("outgrow.train.loop.evaluate", keep)
+        patch.setattr("outgrow.train.observing.evaluate", keep)
         folder = loop.train(of(settings, name, tmp_path / "run"))
     network: Any = AutoModelForCausalLM.from_pretrained(folder / "final").eval()
     windows = kept["windows"]
