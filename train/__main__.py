@@ -14,13 +14,15 @@ what differs from the experiment's defaults and changes the result, such as -tra
 sweep takes lists, choice(), range() and glob(), and goes on where one of its points fails.
 
 Exit status: 0 done, 1 a point of a sweep failed, 2 a fault in what was asked, 75 (EX_TEMPFAIL) stopped by
-SIGTERM or SIGUSR1 with everything saved: start the same command again, 130 the same by Ctrl-C.
+SIGTERM or SIGUSR1 with everything saved (before the first step and while the result is written, too): start
+the same command again, 130 the same by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import traceback
@@ -34,7 +36,7 @@ from omegaconf import DictConfig
 
 from outgrow.model.base.compose import CONF
 from outgrow.model.base.errors import UserError, in_one_line
-from outgrow.model.base.interrupt import started
+from outgrow.model.base.interrupt import Terminated, started, terminable
 from outgrow.model.base.overrides import plain_text
 from outgrow.train.run.trackers import check_installed
 from outgrow.train.settings import Settings, compose, settings_from
@@ -77,22 +79,26 @@ def main() -> None:
 
     Both are composed here first, to report all faults; any other flag is Hydra's.
     """
-    arguments = list(map(plain_text, sys.argv[1:]))
+    try:
+        with terminable(signal.SIGUSR1, signal.SIGUSR2):
+            _run(list(map(plain_text, sys.argv[1:])))
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt as stop:
+        _say("stopped; the same command goes on from what is complete")
+        sys.exit(os.EX_TEMPFAIL if isinstance(stop, Terminated) else INTERRUPTED)
+
+
+def _run(arguments: list[str]) -> None:
     sys.argv[1:] = arguments
     flags = [argument for argument in arguments if argument.startswith("-")]
     overrides = [argument for argument in arguments if argument not in flags]
-    try:
-        if not flags:
-            _train(compose(overrides))
-        elif set(flags) <= {"-m", "--multirun"}:
-            _sweep(overrides)
-        else:
-            _hydra()
-    except UserError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        print("stopped; the same command resumes from the newest checkpoint", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    if not flags:
+        _train(compose(overrides))
+    elif set(flags) <= {"-m", "--multirun"}:
+        _sweep(overrides)
+    else:
+        _hydra()
 
 
 def _sweep(overrides: list[str]) -> None:

@@ -78,10 +78,10 @@ def stopping(context: RunContext, saver: Saver, fault: NotFinite) -> UserError:
     return fault.with_way_out(saver.newest)
 
 
-def stopped(signal: str | None, step: int) -> Stopped:
-    """The end of a run that a signal stopped after `step`; None: the signal came to another process."""
+def stopped(signal: str | None, when: str) -> Stopped:
+    """The end of a run that a signal stopped; None: the signal came to another process."""
     cause = signal or "a signal to another process"
-    return Stopped(f"stopped by {cause} after step {step}, which is saved", signal)
+    return Stopped(f"stopped by {cause} {when}", signal)
 
 
 def grow_into(context: RunContext, objects: TrainingObjects, following: Stage) -> None:

@@ -87,7 +87,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
     Raises:
         UserError: the settings, the text, the source and the folder do not go together, the disk is full, no
             checkpoint is intact, or a loss or a weight is not finite.
-        Stopped: SIGTERM or SIGUSR1 came; a checkpoint of the last step is saved.
+        Stopped: SIGTERM or SIGUSR1 came; a checkpoint of the last step is saved, or the run is complete.
     """
     folder = Path(settings.out)
     checkpoints = folder / run_folder.CHECKPOINTS
@@ -237,7 +237,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         clock = Meter(position, processes, budget.tokens_per_step, run.spans, peak)
         benchmark_steps = benchmark_every(settings)
 
-        with open_log(folder, settings, run, writes=main) as log:
+        with watched() as asked, open_log(folder, settings, run, writes=main) as log:
             context = RunContext(
                 settings,
                 folder,
@@ -254,7 +254,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                 benchmarks,
             )
             tracing = profiling(folder, loop.profiled, process, clock, console.say)
-            with watched() as asked, tracing as trace:
+            with tracing as trace:
                 for stage in stages[position.stage :]:  # one, unless the run grows on its way
                     resumed = saved if stage.number == position.stage else None
                     with clock.paused():
@@ -334,7 +334,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                                 saver.wait()
                                 # the first process to end may take the others with it
                                 accelerator.wait_for_everyone()
-                                raise stopped(asked(), position.step)
+                                raise stopped(asked(), f"after step {position.step}, which is saved")
                         check_weights(context, objects, saver)
                     if stage is not stages[-1]:
                         following = stages[stage.number + 1]
@@ -358,6 +358,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                 losses = f"{summary.start_val_loss:.4f} → {summary.final_val_loss:.4f}"
                 console.say(f"val loss {losses}: {folder}")
             accelerator.wait_for_everyone()
+            if any_process(accelerator, asked() is not None):  # nor does anything begin after it
+                raise stopped(asked(), "at its end, which is complete")
     return folder
 
 

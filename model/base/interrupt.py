@@ -42,13 +42,15 @@ def started() -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, taken as Ctrl-C is."""
+    """SIGTERM, or a signal that stands for it, taken as Ctrl-C is."""
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """Raise Terminated where SIGTERM comes in the block, so that what a Ctrl-C tidies up is tidied up then
-    too.
+def terminable(*signals: signal.Signals) -> Iterator[None]:
+    """Raise Terminated where SIGTERM, or one of `signals`, comes in the block, so that what a Ctrl-C tidies
+    up is tidied up then too.
+
+    A signal that is ignored, or that another takes already, is left to that.
     """
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
@@ -57,8 +59,11 @@ def terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which alone may take signals
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
+    untaken = [number for number in (signal.SIGTERM, *signals) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in untaken:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in untaken:
+            signal.signal(number, signal.SIG_DFL)

@@ -10,15 +10,17 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from helpers.toy import assert_same_run, at, begun, ended, wait_for
 from outgrow.model.base.errors import UserError
+from outgrow.train import __main__ as door
 from outgrow.train import loop
 from outgrow.train.run import state
 from outgrow.train.run.folder import is_complete
-from outgrow.train.run.signals import REQUEUE, watched
+from outgrow.train.run.signals import REQUEUE, Stopped, watched
 from outgrow.train.settings import Settings, compose
 
 STEPS = 60
@@ -113,6 +115,35 @@ def test_signals_mean_again_what_they_meant_before_the_run(settings: Settings, u
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked() == "SIGUSR1"
     assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+def test_a_signal_at_the_end_of_a_run_lets_it_end_and_nothing_begin_after_it(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next horizon, or the next point of a sweep, would else train on until it is killed."""
+    publish = loop.publish
+
+    def signalled(*arguments: Any, **options: Any) -> Path:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return publish(*arguments, **options)
+
+    monkeypatch.setattr(loop, "publish", signalled)
+    with pytest.raises(Stopped, match="stopped by SIGTERM at its end, which is complete") as stopped:
+        loop.train(at(settings, tmp_path / "run", budget_tokens=256))
+    assert stopped.value.status == REQUEUE
+    assert is_complete(tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_asks_for_the_same_command_again(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """While the text is prepared, say, or the source grows."""
+    monkeypatch.setattr(door, "_run", lambda _: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as ended:
+        door.main()
+    assert ended.value.code == REQUEUE
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_a_second_ctrl_c_does_not_wait() -> None:
