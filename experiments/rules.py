@@ -88,11 +88,11 @@ def _arms(ends: Iterable[End]) -> str | None:
 def _kinds(ends: Iterable[End]) -> str | None:
     ends = list(ends)
     largest = max(end.parameters for end in ends)
+    sourceless = [end for end in ends if not end.source_flops]
     # of scratch's size without a source: it has grown inside, whether its record tells of the growth or not
-    inside = any(
-        end.growth is not None or (end.arm != SCRATCH and end.parameters == largest and not end.source_flops)
-        for end in ends
-    )
+    silent = [end for end in sourceless if end.parameters == largest and end.arm != SCRATCH]
+    told = [end for end in ends if end.growth is not None]
+    inside = bool(silent or told)
     inherits = any(end.source_flops > 0 for end in ends)
     if inside and inherits:
         return None
@@ -117,13 +117,18 @@ def _baseline(ends: Iterable[End]) -> str | None:
 def _control(ends: Sequence[End]) -> str | None:
     largest = max(end.parameters for end in ends)
     small = [end for end in ends if end.parameters < largest]
-    own = [end for end in ends if end.arm == SCRATCH and end.parameters == largest]
-    tried = {(end.optimizer, end.batch_tokens) for end in small}
-    lacking = {(end.optimizer, end.batch_tokens) for end in own} - tried
+    large = [end for end in ends if end.parameters == largest]
+    own = [end for end in large if end.arm == SCRATCH]
+    lacking = _baselines(own) - _baselines(small)
     if not small or not lacking:
         return None
     pairs = _list(f"{optimizer} with batches of {size:,} tokens" for optimizer, size in lacking)
     return f"Rule 3, baseline: the control was not given {pairs}, which scratch was."
+
+
+def _baselines(ends: Iterable[End]) -> set[tuple[str, int]]:
+    """The pairs of optimizer and batch that some ends were given."""
+    return {(end.optimizer, end.batch_tokens) for end in ends}
 
 
 def _rates(ends: Iterable[End]) -> str | None:

@@ -14,7 +14,9 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import chain
 from math import isclose
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,28 +161,46 @@ def _passed_over(reader: GGUFReader, model: Any) -> list[str]:
     """Faults of what a file holds and the library passes over without a word: a scaling of the rotary
     frequencies (Llama 3, YaRN, LongRoPE), how many dimensions rotate, and tensors beyond those of the model
     that it made."""
-    factors = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
-    scaling = [key for key in reader.fields if key.endswith(".rope.scaling.type")]
-    kinds = [str(reader.fields[key].contents()) for key in scaling]
-    scaled = [*factors, *(kind for kind in kinds if kind != "none")]
-    rotary = json.dumps(getattr(model.config, "rope_parameters", None) or {}, default=str)
-    learnt = re.findall(r'"rope_type": "(\w+)"', rotary)
-    faults = []
+    faults = _scaling_faults(reader, model), _rotary_faults(reader, model), _surplus_faults(reader, model)
+    return list(chain.from_iterable(faults))
+
+
+def _rotary_factors(reader: GGUFReader) -> list[str]:
+    """The tensors of a file that scale rotary frequencies."""
+    names = [tensor.name for tensor in reader.tensors]
+    return [name for name in names if name.startswith("rope_")]
+
+
+def _scaling_faults(reader: GGUFReader, model: Any) -> Iterator[str]:
+    keys = [key for key in reader.fields if key.endswith(".rope.scaling.type")]
+    kinds = [str(reader.fields[key].contents()) for key in keys]
+    scaled = [*_rotary_factors(reader), *kinds]
+    scaled = [name for name in scaled if name != "none"]
+    rotary = getattr(model.config, "rope_parameters", None) or {}
+    text = json.dumps(rotary, default=str)
+    learnt = re.findall(r'"rope_type": "(\w+)"', text)
     if scaled and set(learnt) <= {"default"}:
         named = ", ".join(scaled)
-        faults.append(f"its rotary frequencies are scaled ({named}), which transformers passes over")
-    buffers = {2 * held.shape[-1] for name, held in model.named_buffers() if name.endswith("inv_freq")}
+        yield f"its rotary frequencies are scaled ({named}), which transformers passes over"
+
+
+def _rotary_faults(reader: GGUFReader, model: Any) -> Iterator[str]:
+    frequencies = [held for name, held in model.named_buffers() if name.endswith("inv_freq")]
+    made = {2 * held.shape[-1] for held in frequencies}  # two dimensions turn by one frequency
     rotating = _entries(reader).get("rope.dimension_count")
-    if len(buffers) == 1 and rotating is not None and rotating not in buffers:
-        faults.append(f"{rotating} dimensions of a head rotate, of which transformers makes {buffers.pop()}")
-    # a head that is tied all the same is there twice
-    apart = () if model.config.tie_word_embeddings is False else ("output.weight",)
-    inside = [tensor for tensor in reader.tensors if tensor.name not in (*factors, *apart)]
+    if len(made) == 1 and rotating is not None and rotating not in made:
+        yield f"{rotating} dimensions of a head rotate, of which transformers makes {made.pop()}"
+
+
+def _surplus_faults(reader: GGUFReader, model: Any) -> Iterator[str]:
+    apart = set(_rotary_factors(reader))
+    if model.config.tie_word_embeddings is not False:
+        apart.add("output.weight")  # a head that is tied all the same is there twice
+    inside = [tensor for tensor in reader.tensors if tensor.name not in apart]
     held = sum(int(tensor.n_elements) for tensor in inside)
     taken = sum(parameter.numel() for parameter in model.parameters())
     if held > taken:
-        faults.append(f"transformers passes over {held - taken:,} of its {held:,} numbers")
-    return faults
+        yield f"transformers passes over {held - taken:,} of its {held:,} numbers"
 
 
 def _entries(reader: GGUFReader) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from outgrow.experiments.figure import GRID
 from outgrow.experiments.suite.evaluate import Evaluated
-from outgrow.experiments.suite.table import columns_of, rows
+from outgrow.experiments.suite.table import TableRow, columns_of, rows
 from outgrow.train.suite.suite import Suite
 
 PUBLISHED, OURS = "#B8BEC6", "#0072B2"
@@ -20,16 +20,7 @@ def draw(suite: Suite, evaluated: Sequence[Evaluated], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    local = any(each.local and _has_group(each) for each in evaluated)
-    listed = rows(suite, evaluated, groups=True)
-    drawn = [row for row in listed if row.ours or not local]
-    measured = [row.values for row in drawn if row.ours]
-    shown = measured if any(map(_has_group, evaluated)) else [row.values for row in drawn]
-    groups = columns_of(suite, groups=True)
-    columns = [name for name in groups if any(row[name] is not None for row in shown)]
-    with_number = [row for row in drawn if any(row.values[name] is not None for name in columns)]
-    drawn = [row for row in drawn if row.ours or row in with_number]
-    drawn.reverse()  # the first on top
+    columns, drawn = _columns_and_rows(suite, evaluated)
     names = [row.name for row in drawn]
     colours = [OURS if row.ours else PUBLISHED for row in drawn]
     heights = range(len(drawn))
@@ -55,6 +46,24 @@ def draw(suite: Suite, evaluated: Sequence[Evaluated], path: Path) -> None:
     if limits:
         figure.supxlabel(f"ours: the first {max(limits)} items of each benchmark", fontsize=8)
     figure.savefig(path, dpi=150, facecolor="white")
+
+
+def _columns_and_rows(suite: Suite, evaluated: Sequence[Evaluated]) -> tuple[list[str], list[TableRow]]:
+    """The groups to draw and the rows in which one of them has a number, ours in any case, the first on
+    top."""
+    with_group = [each for each in evaluated if _has_group(each)]
+    local = any(each.local for each in with_group)
+    listed = rows(suite, evaluated, groups=True)
+    eligible = [row for row in listed if row.ours or not local]
+    deciding = [row for row in eligible if row.ours or not with_group]
+    columns = [name for name in columns_of(suite, groups=True) if _have_one(deciding, name)]
+    drawn = [row for row in eligible if row.ours or any(_have_one([row], name) for name in columns)]
+    return columns, drawn[::-1]
+
+
+def _have_one(some: Sequence[TableRow], column: str) -> bool:
+    """Check for a number in a column of some rows."""
+    return any(row.values[column] is not None for row in some)
 
 
 def _has_group(evaluated: Evaluated) -> bool:

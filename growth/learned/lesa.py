@@ -406,8 +406,10 @@ def predict_layers(
         done += flops
         progress(done, total)
 
+    # Kinds that an earlier attempt has learnt count as done.
     already = [name for name, kind in kinds.items() if kept.holds(kind.first)]
-    tell(sum(flops_of[name] for name in already))
+    spared = [flops_of[name] for name in already]
+    tell(sum(spared))
     learning = Learning(plan, lesson, values, written, kept, tell)
     records: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory(prefix="layers-", dir=folder) as scratch:

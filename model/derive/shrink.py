@@ -179,7 +179,9 @@ def _small_tower(tower: Config) -> dict[str, Any]:
         depth = depths[0]
         layers = (0, 1)[: tower[depth]]
         small = shrunken(tower, depth, layers)
-    sizes = [key for key in _whole(tower, tower) if key.endswith((*SIZES, "_channels"))]
+    # What the text model reads of it stays narrow.
+    numbers = _whole(tower, tower)
+    sizes = [key for key in numbers if key.endswith((*SIZES, "_channels"))]
     widths = filter(OUTPUT.search, sizes)
     outputs = {key: min(tower[key], 40) for key in widths}
     shuffled = {}

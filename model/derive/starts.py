@@ -44,13 +44,14 @@ def starts(config: Config) -> dict[str, Start]:
     with torch.no_grad(), _Pen() as built:
         model = build({**config, "tie_word_embeddings": False})
     _hold(model, _lost(model, built))
+    # What differs between two seeds is worked out by chance: it is seen under more of them.
     first = _once(model, built, 0)
     second = _once(model, built, 1)
     by_chance = {name for name in first if not _same(first[name], second[name])}
     seeds = range(2, SEEDS) if by_chance else ()
     further = [_once(model, built, seed) for seed in seeds]
     runs = [first, second, *further]
-    # few: tensors that start alike share their quantiles
+    # All else starts as its quantiles tell. They are few: tensors that start alike share them.
     distinct = {id(seen): seen for seen in first.values()}
     alike = {number: _start(seen) for number, seen in distinct.items()}
     followed = {}

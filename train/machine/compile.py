@@ -34,8 +34,11 @@ class TanhGELU(nn.GELU):
         super().__init__(approximate="tanh")
 
     def forward(self, input: Tensor) -> Tensor:
-        plain = type(input) is Tensor and input.device.type == "cpu" and input.dtype is torch.float32
-        return SigmoidGELU.apply(input) if plain and input.requires_grad else super().forward(input)
+        is_plain = type(input) is Tensor and input.dtype is torch.float32
+        on_cpu = input.device.type == "cpu"
+        if is_plain and on_cpu and input.requires_grad:
+            return SigmoidGELU.apply(input)
+        return super().forward(input)
 
 
 SLOPE = 2 * math.sqrt(2 / math.pi)
@@ -54,8 +57,10 @@ class SigmoidGELU(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, inputs: Tensor) -> Tensor:
         flat = inputs.reshape(-1)
-        value, derivative = torch.empty_like(flat), torch.empty_like(flat)
-        for piece in zip(flat.split(PIECE), value.split(PIECE), derivative.split(PIECE), strict=True):
+        value = torch.empty_like(flat)
+        derivative = torch.empty_like(flat)
+        pieces = [whole.split(PIECE) for whole in (flat, value, derivative)]
+        for piece in zip(*pieces, strict=True):
             _gelu_and_slope(*piece)
         context.save_for_backward(derivative.view(inputs.shape))
         return value.view(inputs.shape)

@@ -127,6 +127,7 @@ def blame(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> tuple[
     is the one waited for; else one that is behind. Where none of this tells, all are named with where they
     stand.
     """
+    # Who stands still, who works while others wait, and who is behind.
     silent = []
     pairs = zip(before, after, strict=True)
     for process, (earlier, later) in enumerate(pairs):
@@ -137,8 +138,8 @@ def blame(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> tuple[
     newest = max(steps, default=0)
     busy = [process for process, sign in known.items() if not sign.waits]
     behind = [process for process, sign in known.items() if sign.step < newest]
-    # a group of all tells nothing
-    telling = [group for group in (busy, behind) if 0 < len(group) < len(known)]
+    # The first of these groups that has anyone is named; busy or behind, all together tell nothing.
+    telling = [group for group in (busy, behind) if len(group) < len(known)]
     groups = [silent, *telling, list(known)]
     named = next(filter(None, groups), [])
     sentences = []
