@@ -94,6 +94,7 @@ def _config(plan: Decision) -> Iterator[str]:
         after = target.get(key)
         if not _same(key, before, after, layers):
             yield f"config {key}: {before!r} becomes {after!r}, which is no size and may change the function"
+    # A layer that moves must not be scaled by its number.
     moved = [number for number, layer in enumerate(layers.layers) if number != layer]
     moved_and_working = [number for number in moved if not layers.identity[number]]
     by_layer = source.get("scale_attn_by_inverse_layer_idx")

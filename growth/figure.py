@@ -122,6 +122,7 @@ def _layers(axes: Axes, plan: Plan) -> None:
         line = "-"
         if idle:
             outside, inside, ink, line = IDLE, "white", INK, ":"
+        # Lines from the layers below that feed it: a layer between two has both.
         sources = [source]
         if number in layers.between:
             sources.append(source + 1)

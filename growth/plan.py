@@ -184,6 +184,7 @@ def _check_sources(growth: Growth, steps: Sequence[Step]) -> None:
     if not lacking:
         return
     names = names_of(tensor.name for tensor in lacking)
+    # The switches that add them, and how the source has each.
     biases = {tensor.line.bias_if for tensor in lacking if tensor.is_bias}
     switches = biases | {tensor.line.condition for tensor in lacking}
     keys = sorted(switch.lstrip("!") for switch in switches if switch is not None)
@@ -355,8 +356,12 @@ def _wrapper(missing: Sequence[str], stored: Mapping[str, Stored]) -> str:
     if not missing:
         return ""
     first = missing[0]
-    before = [name.removesuffix(first) for name in stored if name.endswith(f".{first}")]
-    return next((prefix for prefix in before if all(prefix + name in stored for name in missing)), "")
+    longer = [name for name in stored if name.endswith(f".{first}")]
+    for name in longer:
+        prefix = name.removesuffix(first)
+        if all(prefix + other in stored for other in missing):
+            return prefix
+    return ""
 
 
 def _refuse_part(checkpoint: Held, missing: list[str], schema: Container[str]) -> None:
@@ -389,6 +394,7 @@ def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> di
     tensors = family.tensors(growth.source_config)
     schema = {tensor.name: tensor for tensor in tensors}
     faults = []
+    # What the schema wants and the file lacks; a tied tensor need not be stored.
     absent = [tensor for name, tensor in schema.items() if name not in stored]
     missing = [tensor.name for tensor in absent if not tensor.tied]
     if missing:
@@ -397,11 +403,13 @@ def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> di
             f"{checkpoint.folder}: missing {names_of(missing)}, which the {family.name} schema and this "
             "config require"
         )
+    # What the file has besides.
     outside = [name for name in stored if name not in schema]
     if strange := [name for name in outside if not family.ignores(name)]:
         faults.append(
             f"{checkpoint.folder}: unknown {names_of(strange)}, which the {family.name} schema does not have"
         )
+    # Shapes and dtypes of what both have.
     present = [tensor for name, tensor in schema.items() if name in stored]
     computed = [step.tensor for step in steps if not step.is_copy]
     changed = {tensor.pattern for tensor in computed}

@@ -196,6 +196,10 @@ class Console:
             return _diagnosis(values)
         if kind == "skip":
             return f"{values['reason']}: passed over"
+        return self._training_text(values)
+
+    def _training_text(self, values: Mapping[str, Any]) -> str:
+        """A row of training: loss, routers, learning rate, speed."""
         loss = f"{values['loss']:.4f}"
         speed = f"{values['tokens_per_second']:,.0f}"
         self.losses["loss"] = loss
