@@ -33,13 +33,14 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.build import attention_backend, build_model
 from outgrow.model.geometry import flops_per_token, parameter_count
 from outgrow.model.presets import preset
+from outgrow.train.compose import compose
 from outgrow.train.data.shards import Tokens, TokenSplit
 from outgrow.train.loss import build_loss
 from outgrow.train.machine.compile import speed_up
 from outgrow.train.machine.device import device_name, peak_flops, session
 from outgrow.train.machine.forecast import GIB, forecast
 from outgrow.train.optimizer import build_optimizer
-from outgrow.train.settings import Settings, compose
+from outgrow.train.settings import Settings
 from outgrow.train.start.way import fuses
 from outgrow.train.step import Step
 

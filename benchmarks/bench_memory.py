@@ -35,12 +35,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from outgrow.model.build import empty_model
 from outgrow.model.presets import preset
+from outgrow.train.compose import compose
 from outgrow.train.loss import build_loss
 from outgrow.train.machine.compile import layers_of, speed_up
 from outgrow.train.machine.distribute import sharding_plugin
 from outgrow.train.machine.forecast import GIB, Memory, forecast, target
 from outgrow.train.optimizer import build_optimizer
-from outgrow.train.settings import Settings, compose
+from outgrow.train.settings import Settings
 
 HERE = Path(__file__).resolve().parent
 PHI_2 = ("experiment=phi_1b", "growth=lossless", "train.batch_tokens=786432")

@@ -31,13 +31,14 @@ import torch
 from outgrow.model.base.machine import machine
 from outgrow.model.build import build_model
 from outgrow.train import loop
+from outgrow.train.compose import compose
 from outgrow.train.corpus import prepare
 from outgrow.train.data import TokenData
 from outgrow.train.data.batches import batch, validation_batches
 from outgrow.train.loss import NextTokenLoss
 from outgrow.train.optimizer import build_optimizer, set_learning_rate
 from outgrow.train.schedule import factor
-from outgrow.train.settings import Settings, compose
+from outgrow.train.settings import Settings
 from outgrow.train.start.source import target_config
 from outgrow.train.step import Step
 

@@ -140,7 +140,7 @@ def _flops(config: dict[str, Any]) -> Story:
 @lru_cache
 def _run_of_two_steps(text: Path) -> Settings:
     """A run of two steps of 8 windows of 16 tokens on the text, of any network."""
-    from outgrow.train.settings import compose
+    from outgrow.train.compose import compose
 
     sizes = (
         "context=16 batch_tokens=128 budget_tokens=256 eval_tokens=128 eval_every_tokens=null "

@@ -82,7 +82,7 @@ def check_held_out(leaves: Sequence[str], todo: Sequence[Job]) -> None:
 
 def _judged(leaf: str, job: Job) -> DataSettings:
     """The text of a leaf of conf/data under the overrides of `job`."""
-    from outgrow.train.settings import compose
+    from outgrow.train.compose import compose
 
     return compose([*job.overrides, f"data={leaf}"]).data
 

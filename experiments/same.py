@@ -209,8 +209,8 @@ def _grown(leaf: str) -> str:
 
 def _trained(name: str, overrides: list[str], text: Path) -> Iterator[tuple[str, str]]:
     """The rows of a toy run's metrics, and its final weights."""
+    from outgrow.train.compose import compose
     from outgrow.train.loop import train
-    from outgrow.train.settings import compose
 
     data = [
         "data=files",

@@ -62,7 +62,7 @@ def jobs_of(asked: Question, candidate: Candidate, budgets: Sequence[int]) -> li
 
 def _base(asked: Question) -> Settings:
     """The study's own run, which says what all candidates share."""
-    from outgrow.train.settings import compose
+    from outgrow.train.compose import compose
 
     study = asked.study
     start = start_of(study)

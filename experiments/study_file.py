@@ -251,7 +251,7 @@ def equal_flops(overrides: list[str]) -> list[str]:
     """
     from outgrow.growth.planning import wanted_config
     from outgrow.model.geometry import flops_per_token
-    from outgrow.train.settings import compose
+    from outgrow.train.compose import compose
 
     settings = compose(overrides)
     path = Path(settings.source or "") / "config.json"
@@ -282,7 +282,7 @@ def job_of(arm: str, overrides: list[str]) -> Job:
     Raises:
         UserError: they compose to none.
     """
-    from outgrow.train.settings import compose
+    from outgrow.train.compose import compose
 
     quiet = [*overrides, "progress=false"]
     settings = compose(quiet)

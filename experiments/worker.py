@@ -41,9 +41,9 @@ def work(overrides: tuple[str, ...], log: str) -> str:
 
     Everything it prints goes to the file `log`.
     """
+    from outgrow.train.compose import compose
     from outgrow.train.loop import train_horizons
     from outgrow.train.run.signals import Stopped
-    from outgrow.train.settings import compose
 
     sys.stdout.flush()
     with open(log, "a", encoding="utf-8") as file:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from outgrow.train.settings import CONF, compose, identity
+from outgrow.model.base.compose import CONF
+from outgrow.train.compose import compose
+from outgrow.train.settings import identity
 
 OTHER_DOORS = {"prompts"}  # groups that train.yaml has no use for; their own tests compose them
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in OTHER_DOORS)

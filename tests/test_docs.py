@@ -141,7 +141,7 @@ def commands(page: str) -> Iterator[list[str]]:
 
 def check_train(arguments: list[str]) -> None:
     from outgrow.model.base.compose import sweep_points
-    from outgrow.train.settings import compose
+    from outgrow.train.compose import compose
 
     swept = "-m" in arguments
     overrides = [argument for argument in arguments if argument != "-m"]

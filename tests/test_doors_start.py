@@ -14,7 +14,7 @@ import pytest
 from outgrow.growth.__main__ import settings_from
 from outgrow.model.base.compose import compose_config, load_yaml
 from outgrow.model.base.errors import UserError
-from outgrow.train.settings import compose
+from outgrow.train.compose import compose
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = """import os, signal, time

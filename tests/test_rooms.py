@@ -47,7 +47,6 @@ def graph(house: Path, room: str) -> dict[str, set[str]]:
     return edges
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_module_of_a_room_imports_itself_by_a_detour(room: str) -> None:
     try:

@@ -38,8 +38,9 @@ from outgrow.model.base.compose import CONF
 from outgrow.model.base.errors import UserError, in_one_line
 from outgrow.model.base.interrupt import Terminated, started, terminable
 from outgrow.model.base.overrides import plain_text
+from outgrow.train.compose import compose, settings_from
 from outgrow.train.run.trackers import check_installed
-from outgrow.train.settings import Settings, compose, settings_from
+from outgrow.train.settings import Settings
 from outgrow.train.start.naming import tell_changes
 
 INTERRUPTED = 130  # as a shell ends what Ctrl-C stopped

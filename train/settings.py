@@ -1,7 +1,6 @@
-"""The settings of a run: a composed configuration becomes frozen values, or one error that names every fault.
+"""The settings of a run, as frozen values: what they are, and which of them make two runs the same.
 
-Nothing here imports torch, so that a misspelt key is answered at once. No code beyond this file sees a
-`DictConfig`.
+`compose.py` makes them of a configuration, `disagreements.py` holds them against each other.
 """
 
 from __future__ import annotations
@@ -11,16 +10,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from outgrow.model.base.compose import CONF, compose_config
-from outgrow.model.base.settings import settings_of
 from outgrow.train.data.settings import DataSettings, MixtureSettings
 from outgrow.train.schedule import ScheduleSettings
 from outgrow.train.start.neutral import flatten, is_neutral
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 # the operators that grow nothing: build the target afresh; train the source itself on
 UNGROWN = ("scratch", "source")
@@ -262,39 +256,6 @@ class Budget:
         in_turn = self.save_every is not None and step % self.save_every == 0
         is_best = self.keep_best and step == best
         return (in_turn or is_best) and step < self.steps
-
-
-# ---- from a composed configuration -------------------------------------------------------------------------
-
-
-def compose(overrides: list[str]) -> Settings:
-    """Settings of `conf/train.yaml` under Hydra overrides (`["experiment=tiny", "seed=1"]`).
-
-    Raises:
-        UserError: every fault of the overrides and of what they compose to, in one message.
-    """
-    from outgrow.train.start.naming import tell_changes
-
-    cfg, faults = compose_config(CONF, "train", overrides)
-    if not faults:
-        tell_changes(cfg, overrides)
-    return settings_from(cfg, faults)
-
-
-def settings_from(cfg: DictConfig | Mapping[str, Any], faults: list[str] | None = None) -> Settings:
-    """A composed configuration, read and checked.
-
-    Args:
-        cfg: what Hydra composed, or the same as plain dicts.
-        faults: faults that are already known; they are told with the ones found here.
-
-    Raises:
-        UserError: unknown (with near matches), missing or mistyped keys and values that cannot work together,
-            all at once.
-    """
-    from outgrow.train.disagreements import disagreements  # which are of the classes above
-
-    return settings_of(Settings, cfg, faults or (), disagreements)
 
 
 def needs_source(settings: Settings) -> bool:

@@ -191,7 +191,7 @@ def _ledger(path: Path) -> Training:
 
 def _data_tokens(record: RunRecord) -> int | None:
     """The tokens of the training text, where its manifests are still there."""
-    from outgrow.train.settings import settings_from
+    from outgrow.train.compose import settings_from
     from outgrow.train.start.passes import stock
 
     try:

@@ -384,7 +384,7 @@ def test_a_source_that_ends_early_is_told_before_the_run() -> None:
     ],
 )
 def test_faults_are_told_at_the_door_under_their_whole_names(override: str, fault: str) -> None:
-    from outgrow.train.settings import compose
+    from outgrow.train.compose import compose
 
     with pytest.raises(UserError) as caught:
         compose(["growth=scratch", "target=tiny_target", "mixture=tiny_textbooks", override])
@@ -393,7 +393,8 @@ def test_faults_are_told_at_the_door_under_their_whole_names(override: str, faul
 
 @pytest.mark.slow
 def test_where_a_source_lies_is_no_part_of_what_a_run_is() -> None:
-    from outgrow.train.settings import compose, settings_hash
+    from outgrow.train.compose import compose
+    from outgrow.train.settings import settings_hash
 
     def hash_of(*more: str) -> str:
         return settings_hash(
@@ -407,7 +408,8 @@ def test_where_a_source_lies_is_no_part_of_what_a_run_is() -> None:
 
 @pytest.mark.slow
 def test_runs_that_were_begun_before_there_were_shares_go_on() -> None:
-    from outgrow.train.settings import compose, identity
+    from outgrow.train.compose import compose
+    from outgrow.train.settings import identity
 
     settings = compose(["growth=scratch", "target=tiny_target", "mixture=tiny_textbooks"])
     assert {"share", "data_dir"}.isdisjoint(
@@ -526,8 +528,8 @@ def test_weights_are_the_numbers_as_written() -> None:
 
 @pytest.mark.slow
 def test_a_run_trains_on_the_mixture_and_refuses_to_go_on_with_another(tmp_path: Path) -> None:
+    from outgrow.train.compose import compose
     from outgrow.train.loop import train
-    from outgrow.train.settings import compose
 
     for name, word in (("own", "alpha"), ("more", "omega")):
         (tmp_path / name).mkdir()
@@ -588,7 +590,7 @@ SYNTHETIC, NATURAL, CODE, PHI_1 = {"synthetic"}, {"web"}, {"code"}, {"code", "te
     ],
 )
 def test_presets_mix_as_their_papers_say(name: str, shares: list[tuple[set[str], float]]) -> None:
-    from outgrow.train.settings import compose
+    from outgrow.train.compose import compose
 
     mixture = compose(["growth=scratch", "target=tiny_target", "data=fineweb_edu", f"mixture={name}"]).mixture
     assert mixture is not None
@@ -605,7 +607,7 @@ def test_presets_mix_as_their_papers_say(name: str, shares: list[tuple[set[str],
 
 @pytest.mark.slow
 def test_phi_1_reads_code_with_textbooks_and_then_exercises_6_percent_of_the_run() -> None:
-    from outgrow.train.settings import compose
+    from outgrow.train.compose import compose
 
     mixture = compose(["growth=scratch", "target=tiny_target", "data=the_stack", "mixture=phi_1"]).mixture
     assert mixture is not None

@@ -65,7 +65,7 @@ def test_a_checkpoint_with_a_ledger_has_its_tokens(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_size_of_the_data_is_read_where_the_run_says_it_lies(tmp_path: Path) -> None:
-    from outgrow.train.settings import compose
+    from outgrow.train.compose import compose
 
     data = tmp_path / "tokens"
     given = compose(

@@ -23,8 +23,8 @@ from outgrow.experiments.frontier import (
 )
 from outgrow.experiments.grown_run import Growth
 from outgrow.model.base.errors import UserError
+from outgrow.train.compose import compose
 from outgrow.train.machine.forecast import tell
-from outgrow.train.settings import compose
 
 TRUE = Law(math.log(1.2), math.log(60.0), math.log(150.0), 0.4, 0.35)
 SIZES = (20_000, 60_000, 180_000, 540_000)

@@ -17,7 +17,7 @@ from outgrow.experiments.report import html
 from outgrow.experiments.table import CHANGE_HEADER, HEADER, as_json, cells, change_cells, markdown
 from outgrow.model.geometry import flops_per_token
 from outgrow.train import loop
-from outgrow.train.settings import compose
+from outgrow.train.compose import compose
 
 PLAIN: dict[str, Any] = {
     "name": "plain",

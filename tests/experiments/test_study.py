@@ -38,8 +38,9 @@ from outgrow.model.base.interrupt import Terminated, terminable
 from outgrow.model.build import to_hf_config
 from outgrow.model.geometry import flops_per_token
 from outgrow.model.presets import preset
+from outgrow.train.compose import compose
 from outgrow.train.run.record import SourceCost, Start
-from outgrow.train.settings import compose, identity
+from outgrow.train.settings import identity
 
 STUDIES = sorted(path.parent.name for path in HERE.glob("*/study.yaml"))
 
@@ -118,7 +119,7 @@ def test_the_settings_of_each_run_are_those_that_hydra_composes(
     from hydra import compose, initialize_config_dir
 
     from outgrow.model.base.compose import CONF
-    from outgrow.train.settings import settings_from
+    from outgrow.train.compose import settings_from
 
     for job in grids["tiny_rewarm"]:
         with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -15,7 +15,8 @@ from helpers.models import make_checkpoint, random_model
 from outgrow.growth import grow, grow_model, plan
 from outgrow.growth.record import recorded_plan
 from outgrow.model.base.errors import UserError
-from outgrow.train.settings import compose, settings_hash
+from outgrow.train.compose import compose
+from outgrow.train.settings import settings_hash
 
 WIDER = {"hidden_size": 40, "intermediate_size": 56, "num_attention_heads": 5, "num_key_value_heads": 5}
 INIT = 0.02  # the class's own deviation

@@ -121,7 +121,7 @@ def test_the_door_takes_an_optimizer_by_its_file(here: Path) -> None:
 
 @pytest.mark.slow
 def test_training_still_chooses_its_optimizer_by_group(here: Path) -> None:
-    from outgrow.train.settings import compose
+    from outgrow.train.compose import compose
 
     assert compose(["experiment=tiny_source", "optimizer=muon"]).optimizer.name == "muon"
     assert compose(["experiment=tiny", "source=~/models/lr=0.1 (best)"]).source == str(

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from outgrow.experiments.study_file import DEFINITION, HERE
-from outgrow.train.settings import compose
+from outgrow.train.compose import compose
 
 BATCH = 128  # tokens
 SHORTEST = 8  # steps of the shortest horizon

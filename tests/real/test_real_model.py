@@ -229,9 +229,9 @@ def test_adams_state_grows_with_the_weights(source: Path, held: Meter, work: Pat
 
 def test_a_grown_model_trains_on_a_mix_of_documents(source: Path, work: Path) -> None:
     pytest.importorskip("lm_eval")
+    from outgrow.train.compose import compose
     from outgrow.train.data.settings import MixtureSettings, PhaseSettings, SourceSettings
     from outgrow.train.loop import train
-    from outgrow.train.settings import compose
 
     root = Path(real.__file__).parents[1]
     for name, pattern in (("prose", "docs/*.md"), ("code", "growth/*.py")):

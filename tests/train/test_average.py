@@ -17,9 +17,10 @@ from outgrow.growth import grow
 from outgrow.model.base.errors import UserError
 from outgrow.train import loop
 from outgrow.train.average import Average
+from outgrow.train.compose import compose
 from outgrow.train.run import state
 from outgrow.train.run.record import Summary
-from outgrow.train.settings import Settings, compose, identity, settings_hash
+from outgrow.train.settings import Settings, identity, settings_hash
 from outgrow.train.step import Step
 
 DECAY = 0.75

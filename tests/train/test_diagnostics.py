@@ -19,12 +19,13 @@ from outgrow.growth.expansion import AxisMap
 from outgrow.model.build import load_model
 from outgrow.model.config import read_config
 from outgrow.model.presets import preset
+from outgrow.train.compose import compose
 from outgrow.train.run.clock import Meter
 from outgrow.train.run.diagnostics import Diagnostics
 from outgrow.train.run.log import _diagnosis
 from outgrow.train.run.state import Position
 from outgrow.train.run.symmetry import copied_pairs, cosine
-from outgrow.train.settings import Budget, GrowthSettings, compose, settings_hash
+from outgrow.train.settings import Budget, GrowthSettings, settings_hash
 from outgrow.train.start.stages import Stage
 
 SMALL = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}  # fmt: skip

@@ -15,9 +15,9 @@ from helpers.families import FAMILIES, config_of
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import attention_backend, build_model
 from outgrow.model.documents import document_positions
+from outgrow.train.compose import compose
 from outgrow.train.loss import NextTokenLoss, build_loss
 from outgrow.train.router import Losses
-from outgrow.train.settings import compose
 from outgrow.train.start.way import find_way
 
 END = 1

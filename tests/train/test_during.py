@@ -11,7 +11,8 @@ import pytest
 from helpers.toy import rows
 from outgrow.model.base.errors import UserError
 from outgrow.train import loop
-from outgrow.train.settings import BenchmarkSettings, compose, settings_hash
+from outgrow.train.compose import compose
+from outgrow.train.settings import BenchmarkSettings, settings_hash
 
 TASK = """task: piqa
 dataset_path: json

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.settings import Settings, compose
+from outgrow.train.compose import compose
+from outgrow.train.settings import Settings
 from outgrow.train.start.early import check_source
 
 ROOT = Path(__file__).resolve().parents[2]

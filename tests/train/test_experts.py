@@ -10,8 +10,8 @@ import pytest
 
 from helpers.toy import rows
 from outgrow.train import loop
+from outgrow.train.compose import compose
 from outgrow.train.machine.forecast import forecast, tell
-from outgrow.train.settings import compose
 from outgrow.train.start.source import target_config
 
 SOURCE = (

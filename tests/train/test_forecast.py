@@ -20,12 +20,14 @@ from torch.nn import functional
 from torch.profiler import profile
 
 from helpers.families import config_of
+from outgrow.model.base.compose import CONF
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model, to_hf_config
 from outgrow.model.geometry import flops_per_token
 from outgrow.model.hollow import hollow, size_of
 from outgrow.model.presets import preset
 from outgrow.model.twin import tiny_twin
+from outgrow.train.compose import compose
 from outgrow.train.loss import fused_cross_entropy
 from outgrow.train.machine.activations import _kept, kept_by, on_fakes
 from outgrow.train.machine.compile import fuse_activations, layers_of
@@ -33,7 +35,7 @@ from outgrow.train.machine.device import MEMORY_GIB, PEAK_BF16_FLOPS, named
 from outgrow.train.machine.forecast import GIB, forecast, sustained, target, tell
 from outgrow.train.machine.memory import gathered, logits
 from outgrow.train.optimizer import build_optimizer
-from outgrow.train.settings import CONF, Settings, compose
+from outgrow.train.settings import Settings
 from outgrow.train.start.stages import stages_of
 from outgrow.train.start.way import find_attention
 

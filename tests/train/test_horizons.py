@@ -12,10 +12,11 @@ import pytest
 from helpers.toy import assert_same_run, rows
 from outgrow.model.base.errors import UserError
 from outgrow.train import loop
+from outgrow.train.compose import compose
 from outgrow.train.loop import train_horizons
 from outgrow.train.run.horizons import stable_checkpoint
 from outgrow.train.schedule import ScheduleSettings, factor, stable_steps
-from outgrow.train.settings import Settings, compose, horizon_runs
+from outgrow.train.settings import Settings, horizon_runs
 
 HORIZONS = (768, 1280, 2048)  # 6, 10 and 16 steps of 128 tokens
 DEEPER = "target={model_type:phi,vocab_size:300,max_position_embeddings:32,tie_word_embeddings:false,hidden_size:16,"

@@ -11,10 +11,10 @@ import pytest
 from helpers.models import TINY
 from outgrow.model.presets import preset
 from outgrow.model.twin import tiny_twin
+from outgrow.train.compose import compose
 from outgrow.train.machine.device import BANDWIDTH, PEAK_BF16_FLOPS, named
 from outgrow.train.machine.forecast import FILLED, GIB, forecast, largest_micro_batch
 from outgrow.train.machine.inference import cache_bytes, inference_memory, least_seconds_per_token
-from outgrow.train.settings import compose
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 CONTEXT, LAYERS, HEAD = 32, 3, 8

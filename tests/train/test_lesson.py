@@ -11,7 +11,7 @@ from helpers.toy import TARGET, rows, without_target
 from outgrow.model.base.errors import UserError
 from outgrow.train import loop
 from outgrow.train.__main__ import _train
-from outgrow.train.settings import compose
+from outgrow.train.compose import compose
 
 DEEPER = TARGET.replace("num_hidden_layers:1", "num_hidden_layers:2")
 

@@ -25,6 +25,7 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model
 from outgrow.model.presets import preset
 from outgrow.train import loop
+from outgrow.train.compose import compose
 from outgrow.train.corpus import prepare
 from outgrow.train.data.batches import batch, validation_batches
 from outgrow.train.evaluate import evaluate
@@ -33,7 +34,7 @@ from outgrow.train.run import state
 from outgrow.train.run.log import Console, Log
 from outgrow.train.run.record import signed
 from outgrow.train.run.samples import Sample
-from outgrow.train.settings import Settings, compose
+from outgrow.train.settings import Settings
 from outgrow.train.share import Share
 from outgrow.train.step import Step
 

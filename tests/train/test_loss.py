@@ -15,8 +15,8 @@ from helpers.families import FAMILIES, config_of
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model
 from outgrow.train import loss
+from outgrow.train.compose import compose
 from outgrow.train.loss import NextTokenLoss, fused_cross_entropy
-from outgrow.train.settings import compose
 from outgrow.train.start.way import find_way, fuses
 
 VOCAB, CONTEXT = 61, 16

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from outgrow.model.presets import preset
+from outgrow.train.compose import compose
 from outgrow.train.machine import memory
 from outgrow.train.machine.forecast import forecast
-from outgrow.train.settings import Settings, compose
+from outgrow.train.settings import Settings
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = {

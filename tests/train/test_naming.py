@@ -18,9 +18,10 @@ from helpers.toy import at, timeless, weights
 from outgrow.experiments.runs import read_runs
 from outgrow.model.base.errors import UserError
 from outgrow.train import loop
+from outgrow.train.compose import compose
 from outgrow.train.run.folder import check_same, shorter_run
 from outgrow.train.run.record import RunRecord
-from outgrow.train.settings import compose, identity
+from outgrow.train.settings import identity
 from outgrow.train.start.naming import arm_changes, same_folder
 from outgrow.train.start.neutral import is_neutral
 
@@ -256,8 +257,7 @@ def test_a_job_that_hydra_runs_composes_the_defaults_of_its_name() -> None:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from outgrow.model.base.compose import compose_config
-    from outgrow.train.settings import CONF
+    from outgrow.model.base.compose import CONF, compose_config
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         running = GlobalHydra.instance().hydra

@@ -14,9 +14,10 @@ import torch
 from helpers.toy import assert_same_run, at, ended, rows, timeless
 from outgrow.model.base.errors import UserError
 from outgrow.train import loop
+from outgrow.train.compose import compose
 from outgrow.train.noise_scale import NoiseScale, first_micro_batches
 from outgrow.train.run.state import Position
-from outgrow.train.settings import Settings, compose, settings_hash
+from outgrow.train.settings import Settings, settings_hash
 from outgrow.train.step import Step
 
 ALONE: Any = SimpleNamespace(

@@ -14,7 +14,7 @@ from outgrow.growth import grow
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import load_model, to_hf_config
 from outgrow.model.config import read_config
-from outgrow.train.settings import compose
+from outgrow.train.compose import compose
 from outgrow.train.start.null_control import norm_gain, scale_norms
 from outgrow.train.start.source import begin, starting_model
 from outgrow.train.start.stages import stages_of

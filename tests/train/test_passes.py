@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from outgrow.model.base.compose import CONF
+from outgrow.train.compose import compose
 from outgrow.train.corpus.read.corpora import open_corpus
 from outgrow.train.data.settings import DataSettings, MixtureSettings, PhaseSettings, SourceSettings
 from outgrow.train.data.shards import fingerprint
-from outgrow.train.settings import Budget, Settings, compose
+from outgrow.train.settings import Budget, Settings
 from outgrow.train.start.passes import Stock, passes, shares, stock
 
 

@@ -30,9 +30,10 @@ from helpers.toy import (
 )
 from outgrow.model.base.errors import UserError
 from outgrow.train import loop
+from outgrow.train.compose import compose
 from outgrow.train.run import state
 from outgrow.train.run.signals import REQUEUE
-from outgrow.train.settings import Settings, compose
+from outgrow.train.settings import Settings
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # of weights after six steps in float32
 

@@ -10,10 +10,11 @@ import pytest
 from helpers.toy import assert_same_run, at
 from outgrow.model.base.errors import UserError
 from outgrow.train import loop
+from outgrow.train.compose import compose
 from outgrow.train.run.clock import Meter
 from outgrow.train.run.profile import Profile, profiling
 from outgrow.train.run.state import Position
-from outgrow.train.settings import Settings, compose, settings_hash
+from outgrow.train.settings import Settings, settings_hash
 
 
 @pytest.fixture(scope="module")

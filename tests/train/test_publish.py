@@ -16,9 +16,10 @@ from helpers.toy import at, timeless, weights
 from outgrow.model.base.errors import UserError
 from outgrow.model.twin import tiny_twin
 from outgrow.train import loop
+from outgrow.train.compose import compose
 from outgrow.train.corpus import prepare
 from outgrow.train.run.export import write_model
-from outgrow.train.settings import Settings, compose
+from outgrow.train.settings import Settings
 from outgrow.train.start.neutral import is_neutral
 from outgrow.train.start.rehearsal import rehearse_end
 from outgrow.train.step import Step

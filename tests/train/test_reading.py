@@ -14,11 +14,12 @@ import pytest
 from helpers.toy import at, rows
 from outgrow.model.base.errors import UserError
 from outgrow.train import loop
+from outgrow.train.compose import compose
 from outgrow.train.corpus import prepare
 from outgrow.train.data.tokenizer import has_tokenizer, save_tokenizer, tokenizer_identity, train_tokenizer
 from outgrow.train.run.reading import loss_warnings, rate_warnings, reading, tokenizer_warnings
 from outgrow.train.run.record import RunRecord
-from outgrow.train.settings import Settings, compose
+from outgrow.train.settings import Settings
 
 
 @pytest.fixture(scope="module")

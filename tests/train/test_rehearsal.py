@@ -16,10 +16,11 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.generation import FILE
 from outgrow.model.twin import tiny_twin
 from outgrow.train import loop
+from outgrow.train.compose import compose
 from outgrow.train.corpus import prepare
 from outgrow.train.machine.distribute import tied_again
 from outgrow.train.run.export import write_model
-from outgrow.train.settings import Settings, compose
+from outgrow.train.settings import Settings
 from outgrow.train.start import rehearsal
 from outgrow.train.start.rehearsal import rehearse_end
 

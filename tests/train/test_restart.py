@@ -18,10 +18,11 @@ from helpers.toy import assert_same_run, at, begun, ended, wait_for
 from outgrow.model.base.errors import UserError
 from outgrow.train import __main__ as door
 from outgrow.train import loop
+from outgrow.train.compose import compose
 from outgrow.train.run import state
 from outgrow.train.run.folder import is_complete
 from outgrow.train.run.signals import REQUEUE, Stopped, watched
-from outgrow.train.settings import Settings, compose
+from outgrow.train.settings import Settings
 
 STEPS = 60
 

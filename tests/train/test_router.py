@@ -16,11 +16,12 @@ from helpers.toy import assert_close_run, at, ended, rows
 from outgrow.model.build import build_model, to_hf_config
 from outgrow.model.geometry import active_parameter_count, parameter_count
 from outgrow.train import loop
+from outgrow.train.compose import compose
 from outgrow.train.experts import ExpertLoad
 from outgrow.train.loss import NextTokenLoss
 from outgrow.train.machine.compile import speed_up
 from outgrow.train.router import has_routers, unbalanced
-from outgrow.train.settings import Settings, compose
+from outgrow.train.settings import Settings
 from outgrow.train.start.teacher import TaughtLoss
 
 SIZES: dict[str, Any] = {

@@ -14,9 +14,10 @@ import pytest
 from helpers.toy import assert_same_run, at, rows
 from outgrow.model.base.errors import UserError
 from outgrow.train import loop, observing
+from outgrow.train.compose import compose
 from outgrow.train.run import state
 from outgrow.train.run.record import Evaluation
-from outgrow.train.settings import Budget, Settings, compose
+from outgrow.train.settings import Budget, Settings
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,10 @@ import torch
 
 from helpers.toy import assert_same_run, at, rows
 from outgrow.train import loop, observing
+from outgrow.train.compose import compose
 from outgrow.train.run import trackers
 from outgrow.train.run.log import Console
-from outgrow.train.settings import Settings, compose
+from outgrow.train.settings import Settings
 from outgrow.train.step import Step
 
 

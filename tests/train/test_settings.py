@@ -15,7 +15,8 @@ import pytest
 
 from outgrow.model.base.compose import CONF, compose_config, load_yaml, sweep_points
 from outgrow.model.base.errors import UserError
-from outgrow.train.settings import Budget, compose, identity, settings_hash
+from outgrow.train.compose import compose
+from outgrow.train.settings import Budget, identity, settings_hash
 
 GOOD = ["growth=scratch", "target=tiny_target"]
 

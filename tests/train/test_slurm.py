@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from helpers.toy import assert_close_run, rows
+from outgrow.model.base.compose import CONF
 from outgrow.model.base.errors import UserError
 from outgrow.train import loop
+from outgrow.train.compose import compose
 from outgrow.train.machine import slurm
-from outgrow.train.settings import CONF, compose
 
 submitit = pytest.importorskip("submitit", reason="submitit is an extra")
 ROOT = Path(__file__).resolve().parents[2]

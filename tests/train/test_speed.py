@@ -14,11 +14,12 @@ from transformers.activations import ACT2CLS, ACT2FN
 from helpers.families import FAMILIES, config_of
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model
+from outgrow.train.compose import compose
 from outgrow.train.loss import NextTokenLoss
 from outgrow.train.machine import device
 from outgrow.train.machine.compile import SAME, TanhGELU, fuse_activations, layers_of, speed_up
 from outgrow.train.machine.device import session
-from outgrow.train.settings import LoopSettings, compose
+from outgrow.train.settings import LoopSettings
 
 SETTINGS = compose(["growth=scratch", "target=tiny_target"]).train
 

@@ -19,8 +19,9 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.build import to_hf_config
 from outgrow.model.geometry import parameter_count
 from outgrow.train import loop
+from outgrow.train.compose import compose
 from outgrow.train.machine import forecast
-from outgrow.train.settings import Settings, compose
+from outgrow.train.settings import Settings
 from outgrow.train.start import source as start
 from outgrow.train.start.stages import stages_of
 

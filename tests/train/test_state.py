@@ -24,12 +24,13 @@ from outgrow.model.base.atomic import remove
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import read_object, whole_folder, write_json, write_text
 from outgrow.model.build import build_model
+from outgrow.train.compose import compose
 from outgrow.train.machine.device import peak_flops
 from outgrow.train.optimizer import build_optimizer
 from outgrow.train.run import folder, state
 from outgrow.train.run.clock import Meter
 from outgrow.train.run.record import RunRecord, Span, Summary, signed
-from outgrow.train.settings import OptimizerSettings, compose
+from outgrow.train.settings import OptimizerSettings
 
 SETTINGS = OptimizerSettings(
     name="adamw", learning_rate=0.1, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.5

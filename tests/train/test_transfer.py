@@ -26,11 +26,12 @@ from outgrow.model.build import build_model
 from outgrow.model.config import read_config, read_json
 from outgrow.model.geometry import flops_per_token
 from outgrow.train import loop
+from outgrow.train.compose import compose
 from outgrow.train.loss import NextTokenLoss
 from outgrow.train.optimizer import build_optimizer, set_learning_rate
 from outgrow.train.run.record import Span, flops_after
 from outgrow.train.schedule import new_entries
-from outgrow.train.settings import OptimizerSettings, Settings, TeacherSettings, compose
+from outgrow.train.settings import OptimizerSettings, Settings, TeacherSettings
 from outgrow.train.start.stages import stages_of
 from outgrow.train.start.teacher import TaughtLoss, scheduled
 from outgrow.train.start.transfer import EntryRates, width_factors

@@ -16,9 +16,10 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model
 from outgrow.model.config import read_json
 from outgrow.train import loop
+from outgrow.train.compose import compose
 from outgrow.train.evaluate import evaluate
 from outgrow.train.loss import NextTokenLoss
-from outgrow.train.settings import Settings, compose
+from outgrow.train.settings import Settings
 from outgrow.train.start import way
 from outgrow.train.start.teacher import TaughtLoss
 from outgrow.train.start.way import find_way

@@ -19,12 +19,13 @@ from transformers import CONFIG_MAPPING
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import empty_model
 from outgrow.model.geometry import active_parameter_count, flops_source, parameter_count
+from outgrow.train.compose import compose
 from outgrow.train.machine.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, peak_flops
 from outgrow.train.machine.memory import Memory, memory
 from outgrow.train.machine.regime import multiplied, regime
 from outgrow.train.optimizer import parameter_groups
 from outgrow.train.run.record import flops_after
-from outgrow.train.settings import Budget, Settings, compose
+from outgrow.train.settings import Budget, Settings
 from outgrow.train.start.passes import passes
 from outgrow.train.start.source import target_config
 from outgrow.train.start.stages import spans_of, stages_of

@@ -1,0 +1,45 @@
+"""The way from YAML and overrides to a run's settings: frozen values, or one error that names every fault.
+
+Nothing here imports torch, so that a misspelt key is answered at once. No code beyond this file sees a
+`DictConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from outgrow.model.base.compose import CONF, compose_config
+from outgrow.model.base.settings import settings_of
+from outgrow.train.disagreements import disagreements
+from outgrow.train.settings import Settings
+from outgrow.train.start.naming import tell_changes
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def compose(overrides: list[str]) -> Settings:
+    """Settings of `conf/train.yaml` under Hydra overrides (`["experiment=tiny", "seed=1"]`).
+
+    Raises:
+        UserError: every fault of the overrides and of what they compose to, in one message.
+    """
+    cfg, faults = compose_config(CONF, "train", overrides)
+    if not faults:
+        tell_changes(cfg, overrides)
+    return settings_from(cfg, faults)
+
+
+def settings_from(cfg: DictConfig | Mapping[str, Any], faults: list[str] | None = None) -> Settings:
+    """A composed configuration, read and checked.
+
+    Args:
+        cfg: what Hydra composed, or the same as plain dicts.
+        faults: faults that are already known; they are told with the ones found here.
+
+    Raises:
+        UserError: unknown (with near matches), missing or mistyped keys and values that cannot work together,
+            all at once.
+    """
+    return settings_of(Settings, cfg, faults or (), disagreements)
