@@ -5,8 +5,9 @@ python -m outgrow.train.launch --nproc_per_node 2 -m outgrow.train experiment=ti
 The arguments are torchrun's.
 
 torchrun itself ends with status 1 and a traceback whatever its processes ended with, and gives them 30 s
-after a SIGTERM. Here SIGTERM, SIGUSR1 and SIGUSR2 go to the processes, which save, however long that takes,
-and the status is theirs: 75 asked to stop, everything saved; 2 a fault in what was asked; 0 done.
+after a SIGTERM. Here SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C go to the processes, which save, however long that
+takes, and the status is theirs: 75 asked to stop, everything saved; 130 the same by Ctrl-C; 2 a fault in what
+was asked; 0 done.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from outgrow.model.base.interrupt import started
 
-PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+INTERRUPTED = 130  # as a shell ends what Ctrl-C stopped
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+passed: set[int] = set()  # signals that have come
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,22 +34,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     options = list(sys.argv[1:] if arguments is None else arguments)
     for number in PASSED_ON:
-        signal.signal(number, pass_on)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell's background has Ctrl-C
+            signal.signal(number, pass_on)
     try:
-        torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *options])
+        torchrun(["--signals-to-handle", "SIGHUP,SIGQUIT", *options])
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
-    except KeyboardInterrupt:
-        return 130
+        rank, failure = error.get_first_failure()
+        status: int = failure.exitcode
+        if status >= 0:
+            return status
+        if -status in passed:  # it came before the process could take it
+            return status_after(-status)
+        name = signal.Signals(-status).name
+        print(
+            f"error: process {rank} was ended by {name}; the same command goes on from the newest checkpoint",
+            file=sys.stderr,
+        )
+        return 128 - status
     return 0
 
 
 def pass_on(number: int, frame: FrameType | None) -> None:
-    """Send a signal on to the processes that torchrun has started."""
-    for task in Path("/proc/self/task").iterdir():
-        for child in (task / "children").read_text().split():
-            os.kill(int(child), number)
+    """Send a signal on to the processes that torchrun has started; end where it has not started any yet."""
+    passed.add(number)
+    tasks = Path("/proc/self/task").iterdir()
+    children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    if not children:
+        sys.exit(status_after(number))
+    for child in children:
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(child, number)
+
+
+def status_after(number: int) -> int:
+    """The status to end with for a signal that came before anything was there to save."""
+    return INTERRUPTED if number == signal.SIGINT else os.EX_TEMPFAIL
 
 
 if __name__ == "__main__":

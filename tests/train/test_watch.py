@@ -150,10 +150,13 @@ def until_it_trains(out: Path, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [False, True])
+@pytest.mark.parametrize(
+    ("number", "status"), [(None, 2), (signal.SIGTERM, REQUEUE), (signal.SIGINT, 130)], ids=str
+)
 def test_a_run_under_the_launcher_ends_with_the_status_it_has_alone(
-    overrides: list[str], tmp_path: Path, fault: bool
+    overrides: list[str], tmp_path: Path, number: signal.Signals | None, status: int
 ) -> None:
+    fault = number is None
     out = tmp_path / "run"
     more = [
         "train.budget_tokens=25600000",
@@ -171,13 +174,22 @@ def test_a_run_under_the_launcher_ends_with_the_status_it_has_alone(
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*launcher, "-m", "outgrow.train", *overrides, *more]
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
-    if not fault:
+    signal.signal(signal.SIGINT, inherited)
+    if number is not None:
         until_it_trains(out, process)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
     words = process.communicate(timeout=600)[1]
-    assert process.returncode == (2 if fault else REQUEUE), words
+    assert process.returncode == status, words
+    assert "SignalException" not in words
     assert fault or len(state.complete(out / "checkpoints")) == 1
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, REQUEUE), (signal.SIGINT, 130)], ids=str)
+def test_a_signal_before_there_is_a_process_ends_the_launcher(number: signal.Signals, status: int) -> None:
+    code = f"from outgrow.train.launch import pass_on; pass_on({int(number)}, None)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == status
 
 
 @pytest.mark.slow
