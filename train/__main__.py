@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from importlib.util import find_spec
 from typing import NoReturn
@@ -43,6 +44,7 @@ from outgrow.train.run.trackers import check_installed
 from outgrow.train.settings import Settings
 from outgrow.train.start.naming import tell_changes
 
+FIRST_SECONDS = 5.0  # that the first process is given to tell an error
 INTERRUPTED = 130  # as a shell ends what Ctrl-C stopped
 
 
@@ -211,7 +213,16 @@ def _tell(settings: Settings) -> None:
 
 
 def _fail(error: str, status: int = 2) -> NoReturn:
-    _say(f"error: {error}")
+    """Tell an error and end.
+
+    The first of several processes tells one that all have, and its end ends the others; another tells what it
+    meets alone.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(FIRST_SECONDS)
+        error = f"process {rank}: {error}"
+    print(f"error: {error}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from helpers.toy import free_port, rows
+from outgrow.model.base.errors import UserError
+from outgrow.train import __main__ as door
 from outgrow.train.machine.watch import HUNG, Sign, Watch, blame, standing, watching
 from outgrow.train.run import state
 from outgrow.train.run.signals import REQUEUE, overruled
@@ -230,6 +232,19 @@ def test_only_torchrun_overrules_a_status(
     if handled is not None:
         monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", handled)
     assert ("instead of 75" in overruled(REQUEUE)) is told
+
+
+@pytest.mark.parametrize(("rank", "words"), [("0", "error: no text\n"), ("1", "error: process 1: no text\n")])
+def test_what_a_process_meets_alone_is_told_by_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, words: str
+) -> None:
+    """A file that one host cannot read would else end the run without a word."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(door, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(door, "_run", lambda _: (_ for _ in ()).throw(UserError("no text")))
+    with pytest.raises(SystemExit):
+        door.main()
+    assert capsys.readouterr().err == words
 
 
 def test_dropout_is_told_by_the_modules() -> None:
