@@ -72,10 +72,11 @@ class Growth:
             for space in source
             if target[space] < source[space] and (space == "layer" or self.family.uses(space))
         ]
+        keys = {space: self.family.size_keys(space, self.target_config) for space in spaces}
         return [
             (
-                f"target: {space} {target[space]} is smaller than the source's {source[space]}; growth "
-                "only enlarges"
+                f"target: {space} {target[space]} is smaller than the source's {source[space]} "
+                f"({keys[space]} in the config); growth only enlarges"
             )
             for space in spaces
         ]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -197,9 +198,11 @@ def resolve_target(
         is_folder = folder.is_dir()
     if is_folder:
         return _stored_as(source, read_config(folder))
-    raise UserError(
-        f"unknown target {str(target)!r}: neither a folder nor a preset; {did_you_mean(str(target), PRESETS)}"
-    )
+    unquoted = re.fullmatch(r"\w+:[\w.]+", str(target))
+    way = did_you_mean(str(target), PRESETS)
+    if unquoted:
+        way = f"a shell takes braces apart, so put quotes around them: 'target={{{target},…}}'"
+    raise UserError(f"unknown target {str(target)!r}: neither a folder nor a preset; {way}")
 
 
 def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | None) -> dict[str, Any]:

@@ -26,6 +26,19 @@ STANDARD = (
     "max_position_embeddings", "layer_types", "norm_eps",
 )  # fmt: skip
 
+# space → the standard names of what its size is made of, the first divided by the second
+_SIZE_KEYS = {
+    "layer": ("num_hidden_layers",),
+    "vocab": ("vocab_size",),
+    "residual": ("hidden_size",),
+    "ffn": ("intermediate_size",),
+    "qk": ("head_dim",),
+    "v": ("head_dim",),
+    "kv": ("num_key_value_heads",),
+    "group": ("num_attention_heads", "num_key_value_heads"),
+    "pos": ("max_position_embeddings",),
+}
+
 # More than any model has: what sizes are checked against before anything is made of them.
 MAX_SIZE = 1 << 24
 MAX_LAYERS = 1 << 14
@@ -258,6 +271,17 @@ class Family:
             "group": self._group,
             "pos": lambda config: self.require(config, "max_position_embeddings") + self.pos_offset,
         }
+
+    def size_keys(self, space: str, config: Config) -> str:
+        """The config keys that say how large a space is, as this family spells them."""
+        if space in self.more:
+            key, _ = self.more[space]
+            return key
+        keys = _SIZE_KEYS[space]
+        is_head_dim = keys == ("head_dim",)
+        if is_head_dim and not self.optional(config, "head_dim"):
+            keys = ("hidden_size", "num_attention_heads")
+        return " / ".join(map(self.field_name, keys))
 
     def _ffn(self, config: Config) -> int:
         named = self.optional(config, "intermediate_size")

@@ -1,5 +1,5 @@
-"""Llama, Mistral, TinyLlama, SmolLM and others of the same layout: RMSNorm, SwiGLU, grouped-query attention,
-rotary positions.
+"""Llama, Mistral, TinyLlama, SmolLM and others of the same layout: RMSNorm, SwiGLU, grouped-query attention
+(GQA), rotary positions.
 """
 
 from outgrow.model.family import Family, register

@@ -327,9 +327,10 @@ def test_a_changed_value_that_is_no_size_is_a_reason(phi_config: dict[str, Any])
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
-        ({"hidden_size": 21}, {}, "residual 21 is smaller than the source's 24"),
+        ({"hidden_size": 21}, {}, r"residual 21 is smaller than the source's 24 \(hidden_size in"),
         ({"num_hidden_layers": 2}, {}, "layer 2 is smaller than the source's 3"),
         ({"hidden_size": 48, "num_attention_heads": 12}, {}, "qk 4 is smaller"),
+        ({"hidden_size": 48, "num_attention_heads": 12}, {}, r"\(hidden_size / num_attention_heads in"),
         ({"tie_word_embeddings": True}, {}, "would be lost"),
         ({}, {"operator": "losless"}, "unknown operator 'losless'; did you mean 'lossless'"),
         ({}, {"mode": "edge"}, "unknown option of operator 'lossless' 'mode'"),

@@ -152,6 +152,7 @@ def test_a_target_may_be_a_preset_a_dict_a_config_or_a_folder(
     ("target", "message"),
     [
         ("phi_3", r"unknown target 'phi_3'.*did you mean 'phi_2'"),
+        ("hidden_size:96", r"unknown target.*quotes around them: 'target=\{hidden_size:96,…\}'"),
         ({"hiden_size": 48}, r"unknown config key 'hiden_size'; did you mean 'hidden_size'"),
         ({"model_type": "llama"}, r"a family grows into itself only"),
     ],

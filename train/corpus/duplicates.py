@@ -1,5 +1,5 @@
-"""Duplicates, exact and near, as steps. A document is removed where an earlier one is the same or near it:
-the first of a kind stays.
+"""Duplicates, exact and near, as steps (deduplication). A document is removed where an earlier one is the
+same or near it: the first of a kind stays.
 
 Near is a Jaccard similarity of the sets of SHINGLE_WORDS-word shingles, estimated from PERMUTATIONS MinHash
 values (Broder 1997). Candidates are found by locality-sensitive hashing, with the bands and rows that are
