@@ -54,8 +54,8 @@ def _relation(row: Worth) -> str:
 
 
 def _verdict(row: Worth) -> str:
-    """The verdict on growth, which too few seeds call undecided; an interval that holds S = 1 gives none, nor
-    does a bound on its other side.
+    """The verdict on growth, which too few seeds call undecided; an interval that holds break-even gives
+    none, nor does a bound on its other side.
     """
     doubt = undecided(len(row.point.ends))
     clause = f" ({doubt})" if doubt else ""
@@ -63,11 +63,20 @@ def _verdict(row: Worth) -> str:
     if speedup is None:
         assert row.bound_included is not None
         return _verdict_of_bound(row.bound_included, clause)
-    interval = row.interval_included or 0.0
-    distance = abs(speedup - 1.0)
-    if interval and distance <= interval:
+    if _holds_break_even(row, speedup):
         return "the seeds do not tell whether growth pays"
     return f"growth pays{clause}" if speedup > 1.0 else f"growth does not pay{clause}"
+
+
+def _holds_break_even(row: Worth, speedup: float) -> bool:
+    """Check whether the seeds leave both open. A seed outside of its own scratch's curve has no speed-up, so
+    there is no interval of S; the difference at equal FLOPs, which reaches further, decides then.
+    """
+    if row.interval_included is not None:
+        return abs(speedup - 1.0) <= row.interval_included
+    if row.difference is None or row.difference_interval is None:
+        return False
+    return abs(row.difference) <= row.difference_interval
 
 
 def _verdict_of_bound(bound: Bound, clause: str) -> str:

@@ -197,6 +197,21 @@ def test_outside_of_scratch_s_curve_a_speed_up_has_a_bound(flops: float, loss: f
     assert cells[8:10] == [bound, bound]
 
 
+def test_seeds_without_a_speed_up_are_judged_by_their_difference_at_equal_flops() -> None:
+    ends = [CONTROL]
+    for seed, last in enumerate((2.1, 2.3, 2.3)):  # the grown end lies below two of them
+        for flops, loss in ((1e12, 3.0), (4e12, 2.5), (16e12, last)):
+            ends.append(end("scratch", flops, loss, seed=seed, name=f"s{seed}"))
+        ends.append(end("grown", 12e12, 2.24, seed=seed, name=f"g{seed}"))
+    rows = worths(ends)
+    grown = next(row for row in rows if row.point.arm == "grown")
+    assert grown.interval_included is None
+    differences = [seed.difference for seed in grown.seeds]
+    at_equal_flops = [2.5 + (last - 2.5) * math.log(3) / math.log(4) for last in (2.1, 2.3, 2.3)]
+    assert differences == pytest.approx([2.24 - loss for loss in at_equal_flops])
+    assert "the seeds do not tell whether growth pays: grown is worth S = 1.29 against" in answer(rows)
+
+
 def test_an_arm_below_scratch_s_last_end_is_not_passed_over_for_a_worse_one_in_range() -> None:
     better, worse = end("better", 20e12, 2.0), end("worse", 20e12, 2.4)
     assert "better is worth S > 0.80" in answer(worths([CONTROL, *SCRATCH_ENDS, better, worse]))
