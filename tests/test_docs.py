@@ -277,7 +277,7 @@ def conf_of_a_reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_command_is_one_that_the_doors_take(
     words: list[str], conf_of_a_reader: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for room in ("model.base.compose", "train.start.naming", "train.settings"):
+    for room in ("model.base.compose", "train.start.naming", "train.compose"):
         monkeypatch.setattr(f"outgrow.{room}.CONF", conf_of_a_reader)
     check(words)
 
