@@ -6,7 +6,7 @@ import itertools
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,9 @@ LINE = 14  # points from one label to the next
 ASIDE = 14  # points from an end to its label
 TITLE_LETTERS = 94  # that the picture is wide enough for
 FEW = 6  # lines whose names stand at their ends
-COLUMNS, ROW_INCHES = 5, 0.19  # of the legend, where the names do not stand at the ends
+# of the legend, where the names do not stand at the ends: a name takes so much beside its letters
+WIDTH_INCHES, MOST_COLUMNS, ROW_INCHES = 10, 5, 0.19
+NAME_INCHES, LETTER_INCHES = 0.6, 0.065
 # scratch is black
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8B5A2B", "#6A3D9A", "#999999")
 FILLS = (
@@ -50,8 +52,9 @@ def build(rows: Sequence[Worth]) -> Figure:
     by_line = _by_line(rows)
     # the arms' names stand at their ends, as far as there is room for them
     named_at_ends = len(by_line) <= FEW
-    legend_rows = 0 if named_at_ends else math.ceil(len(by_line) / COLUMNS)
-    figure = Figure(figsize=(10, 5.0 + ROW_INCHES * legend_rows), layout="constrained")
+    columns = _columns(by_line)
+    legend_rows = 0 if named_at_ends else math.ceil(len(by_line) / columns)
+    figure = Figure(figsize=(WIDTH_INCHES, 5.0 + ROW_INCHES * legend_rows), layout="constrained")
     losses, speedups = figure.subplots(1, 2)
     looks = _looks([arm for arm, _ in by_line])
     at_losses: list[Label] = []
@@ -84,10 +87,17 @@ def build(rows: Sequence[Worth]) -> Figure:
         _name(speedups, at_speedups)
     else:
         handles, names = losses.get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=COLUMNS, fontsize=8, frameon=False)
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     title = _wrapped(answer(rows))
     figure.suptitle(title, fontsize=11.5, fontweight="bold", color=INK, x=0.01, ha="left")
     return figure
+
+
+def _columns(by_line: Iterable[tuple[str, str]]) -> int:
+    """The number of columns that the longest name leaves room for."""
+    letters = max(len(f"{arm}, {optimizer}") for arm, optimizer in by_line)
+    of_name = NAME_INCHES + LETTER_INCHES * letters
+    return min(MOST_COLUMNS, max(1, int(WIDTH_INCHES / of_name)))
 
 
 def _by_line(rows: Sequence[Worth]) -> dict[tuple[str, str], list[Worth]]:
