@@ -308,10 +308,17 @@ def test_an_arm_may_start_from_a_source_of_its_own_and_an_extent_shorten_all(els
     study = load_study("from_a_trained_source")
     sources = {job.name: job.settings for job in source_jobs(study)}
     assert sources["from_a_trained_source-source-stable60"].schedule.decay_fraction == 0.0
-    demo = replace(study.demo, arms=("scratch", "stable60_lossless", "source"))
+    demo = replace(study.demo, arms=("scratch", "stable20_lossless", "null_control"))
     scratch, grown, control = jobs(study, demo)
-    assert grown.settings.source == "runs/from_a_trained_source-source-stable60/final"
-    assert scratch.settings.schedule.horizons == grown.settings.schedule.horizons == (450_560, 1_794_048)
+    assert grown.settings.source == "runs/from_a_trained_source-source-stable20/final"
+    assert grown.settings.schedule.horizons == (450_560, 1_794_048)  # of the extent
+    assert scratch.settings.schedule.horizons == (
+        450_560,
+        1_794_048,
+        3_588_096,
+        5_373_952,
+        8_060_928,
+    )  # its own
     assert control.settings.schedule.horizons == (835_584, 3_325_952)  # for the same FLOPs
 
     text = (HERE / study.name / "study.yaml").read_text().replace("source: stable60,", "source: stable61,")
