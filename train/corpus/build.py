@@ -25,7 +25,14 @@ from outgrow.train.corpus.settings import ExecutorSettings, executor_faults
 from outgrow.train.corpus.workers import begin_imports
 from outgrow.train.data.pretokenized import open_tokens
 from outgrow.train.data.settings import CleaningSettings, DataSettings, disagreements, read_limit
-from outgrow.train.data.shards import TOKENIZER, TokenData, open_data, read_manifest, write_manifest
+from outgrow.train.data.shards import (
+    TOKENIZER,
+    TokenData,
+    open_data,
+    open_prepared,
+    read_manifest,
+    write_manifest,
+)
 from outgrow.train.data.tokenizer import TRAIN, tokenizer_identity, tokenizer_stamp
 
 if TYPE_CHECKING:
@@ -62,6 +69,8 @@ def prepare(
     if settings.corpus == "tokens":
         return open_tokens(settings, progress=progress)
     folder = settings.home
+    if settings.corpus == "prepared":
+        return open_prepared(folder)
     corpus = open_corpus(settings)
     if _outdated(folder, settings, corpus, progress):
         with one_at_a_time(folder):
@@ -78,11 +87,21 @@ def cut_by(settings: DataSettings, tokenizer: Path) -> DataSettings:
     serves where it is the same.
 
     Raises:
-        UserError: the tokenizer cannot be loaded.
+        UserError: the tokenizer cannot be loaded, or the tokens were cut by another and their text is not
+            there.
     """
     identity = tokenizer_identity(str(tokenizer))
     kept = settings.home / TOKENIZER
-    if kept.is_dir() and tokenizer_identity(str(kept)) == identity:
+    is_same = kept.is_dir() and tokenizer_identity(str(kept)) == identity
+    if settings.corpus == "prepared":
+        if not is_same:
+            raise UserError(
+                f"data.folder={settings.folder}: cut by another tokenizer than the source's, {tokenizer}; "
+                "prepare the text for it where the text is: outgrow corpus prepare data=NAME "
+                f"data.tokenizer={tokenizer}"
+            )
+        return settings
+    if is_same:
         corpus = open_corpus(settings)
         if _outdated(settings.home, settings, corpus, progress=False) is None:
             return settings

@@ -41,7 +41,7 @@ class DataSettings:
     one are not read."""
 
     name: str
-    corpus: Literal["stdlib", "packages", "files", "hub", "exercises", "textbooks", "tokens"]
+    corpus: Literal["stdlib", "packages", "files", "hub", "exercises", "textbooks", "tokens", "prepared"]
     # where the tokens are kept; null: data/<name>; of a leaf that serves any path, data/<name>-<path>-<hash>
     folder: str | None = None
     # files: a folder, a file, or a glob (** crosses folders) of the suffixes in formats.READERS; or a URL
@@ -107,7 +107,11 @@ def read_limit(settings: DataSettings) -> int | None:
 
 def disagreements(settings: DataSettings) -> list[str]:
     """List what is wrong between well-typed values, one line each."""
-    faults = _token_faults(settings) if settings.corpus == "tokens" else []
+    faults = []
+    if settings.corpus == "tokens":
+        faults = _token_faults(settings)
+    if settings.corpus == "prepared":
+        faults = _prepared_faults(settings)
     if settings.corpus == "files" and not settings.path:
         faults.append(
             "data.path: missing; give a folder or a glob: data.path=texts or 'data.path=texts/**/*.md'"
@@ -161,13 +165,26 @@ def _token_faults(settings: DataSettings) -> list[str]:
             "data.tokenizer: missing; name the tokenizer that cut the tokens, a folder or a hub name: "
             "data.tokenizer=gpt2"
         )
+    return faults + _reading_faults(settings)
+
+
+def _prepared_faults(settings: DataSettings) -> list[str]:
+    """List what cannot be asked of a folder of tokens that is used as it is."""
+    faults = []
+    if settings.folder is None:
+        faults.append("data.folder: missing; give a folder that `outgrow corpus prepare` made")
+    if settings.tokenizer is not None:
+        faults.append("data.tokenizer: the folder holds the one that cut its tokens; leave it out")
+    return faults + _reading_faults(settings)
+
+
+def _reading_faults(settings: DataSettings) -> list[str]:
+    """List what can be asked of a text alone."""
     limits = ("limit_documents", "limit_bytes", "limit_tokens")
     keys = [key for key in limits if getattr(settings, key) is not None]
     if settings.clean != CleaningSettings():
         keys.append("clean")
-    return faults + [
-        f"data.{key}: tokens are read as they lie; leave it out, or prepare their text" for key in keys
-    ]
+    return [f"data.{key}: tokens are read as they lie; leave it out, or prepare their text" for key in keys]
 
 
 def _cleaning_faults(clean: CleaningSettings) -> list[str]:

@@ -195,6 +195,29 @@ def open_data(folder: str | Path) -> TokenData:
     )
 
 
+def open_prepared(folder: Path) -> TokenData:
+    """Open a folder that may have been made elsewhere, after a look at where its manifest points.
+
+    Raises:
+        UserError: as `open_data` does; or a shard lies outside the folder.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(
+            f"data.folder={folder}: no tokens here; give a folder that `outgrow corpus prepare` made, or "
+            "copy it here whole"
+        )
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            name = shard["file"]
+            if Path(name).name != name:
+                raise UserError(
+                    f"{folder}: its manifest names {name!r}, which lies outside; tokens that others made are "
+                    "not copied into the folder: use data=tokens where they are"
+                )
+    return open_data(folder)
+
+
 def check_data(folder: Path, advance: Callable[[int], None] = lambda size: None) -> None:
     """Read every shard and the tokenizer, and compare them with the manifest; `advance` is told the bytes
     read.

@@ -44,10 +44,10 @@ def open_corpus(settings: DataSettings) -> Corpus:
     Raises:
         UserError: there is no such file, or no text in it.
     """
-    if settings.corpus == "tokens":
+    if settings.corpus in ("tokens", "prepared"):
         raise UserError(
-            "data.corpus=tokens: these are token ids, without a text to label, score or clean; give their "
-            "text as data"
+            f"data.corpus={settings.corpus}: these are token ids, without a text to label, score or clean; "
+            "give their text as data"
         )
     return CORPORA[settings.corpus](settings)
 
