@@ -32,6 +32,7 @@ from outgrow.experiments.study_file import load_study, studies
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import write_text
 from outgrow.model.base.interrupt import Terminated, started, terminable
+from outgrow.train.run.trackers import installed
 
 if TYPE_CHECKING:
     from outgrow.experiments.compare import Comparison
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "select": _select,
             "same": _same,
         }
+        if getattr(options, "wandb", False) and not installed("wandb"):
+            raise UserError("--wandb: not installed; pip install -e '.[train]', or leave --wandb out")
         with terminable():
             return commands[options.command](options)
     except UserError as error:

@@ -26,6 +26,8 @@ from outgrow.experiments.table import (
     write_json,
 )
 from outgrow.model.base.files import telling_disk_faults
+from outgrow.train.run import weights_and_biases
+from outgrow.train.run.weights_and_biases import LONGEST_NAME
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -151,9 +153,11 @@ def mirror(
 
     folder = next(iter(pictures.values())).parent
     run = wandb.init(
-        project=project, group=study, job_type="comparison", name=f"{study}-comparison", dir=str(folder),
+        project=weights_and_biases.project(project), group=study[:LONGEST_NAME], job_type="comparison",
+        name=f"{study}-comparison"[-LONGEST_NAME:], dir=str(folder),
         mode=cast(Any, os.environ.get("WANDB_MODE", "offline")), settings=wandb.Settings(silent=True),
     )  # fmt: skip
+    weights_and_biases.say_where(run, print)
     values = [list(map(_plain, line.values())) for line in lines]
     table = wandb.Table(columns=list(lines[0]), data=values)
     paths = {name: str(path) for name, path in pictures.items()}

@@ -365,13 +365,18 @@ def test_labels_are_pushed_apart_and_colours_kept() -> None:
 
 @pytest.mark.slow
 def test_wandb_gets_table_and_picture_offline(
-    study: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import wandb
 
     seen: dict[str, object] = {}
 
     class FakeRun:
+        disabled, offline, dir = False, True, "wandb/offline-run-1/files"
+
         def __init__(self) -> None:
             self.summary: dict[str, object] = {}
 
@@ -390,8 +395,11 @@ def test_wandb_gets_table_and_picture_offline(
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_PROJECT", "mine:own")
     assert main(["compare", *map(str, study), "--out", str(tmp_path / "out"), "--wandb"]) == 0
     assert (seen["group"], seen["mode"], seen["finished"]) == ("st", "offline", True)
+    assert seen["project"] == "mine_own"
+    assert "upload it: wandb sync wandb/offline-run-1" in capsys.readouterr().out
     assert len(seen["comparison"].data) == 4  # type: ignore[attr-defined]
     assert "convergence" in seen
     assert runs[0].summary["differences"] == []

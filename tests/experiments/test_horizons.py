@@ -373,7 +373,8 @@ def test_a_study_of_horizons_has_page_csv_and_wandb_like_any_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: dict[str, object] = {}
-    run = types.SimpleNamespace(summary={}, log=seen.update, finish=lambda: None)
+    here = {"disabled": False, "offline": True, "dir": "wandb/offline-run-1/files"}
+    run = types.SimpleNamespace(summary={}, log=seen.update, finish=lambda: None, **here)
     monkeypatch.setattr(wandb, "init", lambda **options: seen.update(options) or run)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     grown = [end("grown", 1.5e12, 2.5, seed=seed, name=f"g{seed}") for seed in (0, 1)]

@@ -671,7 +671,7 @@ def test_samples_that_cannot_be_written_stop_no_run(
     (tmp_path / "samples.json").mkdir()
     log = Log(tmp_path, [], Console("lines", "run", 1))
     log.samples("start", {"step": 0}, lambda: [Sample("once", " upon")])
-    log.close()
+    log.close(0)
     told = capsys.readouterr().out
     assert "samples.json: could not be written (Is a directory)" in told
     assert "continues 'once' with ' upon'" in told

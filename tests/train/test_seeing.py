@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,10 +22,13 @@ import pytest
 import torch
 
 from helpers.toy import assert_same_run, at, rows
+from outgrow.model.base.errors import Diverged, UserError
 from outgrow.train import loop, observing
 from outgrow.train.compose import compose
-from outgrow.train.run import trackers
+from outgrow.train.run import log as run_log
+from outgrow.train.run import trackers, weights_and_biases
 from outgrow.train.run.log import Console
+from outgrow.train.run.signals import Stopped
 from outgrow.train.settings import Settings
 from outgrow.train.step import Step
 
@@ -194,17 +199,23 @@ def test_trackio_is_told_who_the_run_is_and_every_row(
     assert logged[-1] == {"finished": True}
 
 
+def inspected(folder: Path, *more: str) -> str:
+    """What W&B's own reader finds in the one offline record in a run's folder."""
+    (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *more, str(file)]
+    elsewhere = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    return subprocess.run(inspect, capture_output=True, text=True, check=True, env=elsewhere).stdout
+
+
+def wandb_records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in inspected(folder).splitlines()]
+
+
 def wandb_record(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of the one offline record in a run's folder, and its state and summary."""
-    (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
-    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    elsewhere: Any = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    how: Any = {"capture_output": True, "text": True, "check": True, "env": elsewhere}
-    records = [json.loads(line) for line in subprocess.run(inspect, **how).stdout.splitlines()]
-    summary = subprocess.run([*inspect, "--summary"], **how).stdout
-    return [record["history"]["item"] for record in records if record["type"] == "history"], json.loads(
-        summary
-    )
+    records = wandb_records(folder)
+    told = [record["history"]["item"] for record in records if record["type"] == "history"]
+    return told, json.loads(inspected(folder, "--summary"))
 
 
 @pytest.mark.slow
@@ -236,6 +247,102 @@ def test_an_offline_record_is_one_across_restarts_says_where_it_is_and_holds_no_
     assert (
         f"wandb leet run {os.path.relpath(folder)}; upload it: wandb sync {os.path.relpath(folder)}" in said
     )
+
+
+@pytest.mark.slow
+def test_a_record_says_how_its_run_ended_and_which_arm_it_is(settings: Settings, tmp_path: Path) -> None:
+    diverging = dataclasses.replace(settings.optimizer, learning_rate=1e36)
+    failing = dataclasses.replace(tracked(settings, tmp_path / "failed", "wandb"), optimizer=diverging)
+    changed = dataclasses.replace(failing, changes="-transfer_continued-lr0.01")
+    with pytest.raises(Diverged):
+        loop.train(changed)
+    _, whole = wandb_record(tmp_path / "failed")
+    assert (whole["exit_code"], whole["state"]) == (1, "failed")
+    assert wandb_run(tmp_path / "failed")["job_type"] == "scratch transfer_continued"
+
+
+@pytest.mark.parametrize(
+    ("fault", "complete", "status"),
+    [
+        (None, True, 0),
+        (UserError("the disk is full"), False, 1),
+        (KeyboardInterrupt(), False, 1),
+        (Stopped("after step 3", "SIGTERM"), False, 75),
+        (Stopped("after step 3", "SIGINT"), False, 130),
+        (Stopped("at its end, which is complete", "SIGTERM"), True, 0),
+    ],
+)
+def test_a_tracker_is_told_the_status_that_the_run_ends_with(
+    fault: BaseException | None,
+    complete: bool,
+    status: int,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended: list[int] = []
+    tracker = types.SimpleNamespace(finish=ended.append)
+    monkeypatch.setattr(run_log, "open_trackers", lambda *_: [tracker])
+    run: Any = types.SimpleNamespace(budget_tokens=1)
+    raised = pytest.raises(type(fault)) if fault else contextlib.nullcontext()
+    with raised, run_log.open_log(tmp_path, settings, run, writes=True):
+        if complete:
+            (tmp_path / "summary.json").touch()
+        if fault:
+            raise fault
+    assert ended == [status]
+
+
+def test_wandb_shows_a_run_that_goes_on_as_preempted() -> None:
+    calls: list[str] = []
+    run = types.SimpleNamespace(
+        mark_preempting=lambda: calls.append("preempting"),
+        finish=lambda exit_code: calls.append(f"finished {exit_code}"),
+    )
+    for status in (0, 1, 130, 75):
+        weights_and_biases.end(run, status)
+    assert calls == ["finished 0", "finished 1", "finished 130", "preempting", "finished 75"]
+
+
+def test_wandb_that_is_switched_off_has_no_record_to_look_at(capsys: pytest.CaptureFixture[str]) -> None:
+    run = types.SimpleNamespace(disabled=True, offline=False, dir="/nowhere", url="")
+    weights_and_biases.say_where(run, print)
+    assert capsys.readouterr().out == "W&B is switched off (WANDB_MODE=disabled)\n"
+
+
+def test_wandb_knows_the_clock_of_every_kind_of_row() -> None:
+    """A row of another kind would be drawn over W&B's own counter."""
+    room = Path(loop.__file__).parent
+    sources = [path.read_text() for path in (room / "loop.py", room / "observing.py")]
+    written = {kind for source in sources for kind in re.findall(r'log\.write\(\s*"(\w+)"', source)}
+    assert "train" in written
+    assert written <= set(weights_and_biases.KINDS)
+
+
+def test_a_picture_that_cannot_be_read_stops_its_tracker_alone(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun: Any = types.SimpleNamespace(name="tensorboard", log_images=lambda *_, **__: None)
+    monkeypatch.setitem(trackers.OPENERS, "tensorboard", lambda *_: begun)
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start/plan.png").write_text("no picture")
+    (opened,) = trackers.open_trackers(tmp_path, tracked(settings, tmp_path, "tensorboard"), None, print)  # type: ignore[arg-type]
+    assert opened.tracker is None
+    assert "tracker tensorboard stopped (" in capsys.readouterr().out
+
+
+def test_a_folder_that_a_tracker_left_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "neverinstalled").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert trackers.installed("accelerate")
+    assert not trackers.installed("neverinstalled")
+
+
+def wandb_run(folder: Path) -> dict[str, Any]:
+    """The `run` of the one offline record in a run's folder."""
+    (run,) = [record["run"] for record in wandb_records(folder) if record["type"] == "run"]
+    found: dict[str, Any] = run
+    return found
 
 
 def killed_at(step: int) -> Any:
@@ -301,7 +408,7 @@ def test_a_wandb_server_that_is_lost_does_not_stop_the_run_nor_keep_it_from_endi
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(trackers, "FINISH_S", 2)
+    monkeypatch.setattr(weights_and_biases, "FINISH_S", 2)
     with wandb_server(monkeypatch) as server:
         step, calls = Step.__call__, []
 
@@ -327,7 +434,7 @@ def test_a_wandb_server_that_is_not_there_leaves_the_run_offline(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(trackers, "START_S", 2)
+    monkeypatch.setattr(weights_and_biases, "START_S", 2)
     with wandb_server(monkeypatch) as server:
         server.shutdown()
         server.server_close()

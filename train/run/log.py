@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from outgrow.model.base.errors import UserError, kind_and_line
 from outgrow.model.base.files import plain_json, read_object, telling_disk_faults, write_json
-from outgrow.train.run.folder import METRICS, SAMPLES
+from outgrow.train.run.folder import METRICS, SAMPLES, is_complete
+from outgrow.train.run.signals import Stopped
 from outgrow.train.run.trackers import Tracker, open_trackers
 
 if TYPE_CHECKING:
     from outgrow.train.run.record import RunRecord
     from outgrow.train.run.samples import Sample
     from outgrow.train.settings import Settings
+
+FAILED = 1  # the status of a run that ends before its summary is written
 
 
 class Log:
@@ -81,11 +84,12 @@ class Log:
         for sample in written[:1]:
             self.console.say(f"continues {sample.prompt!r} with {sample.text!r}")
 
-    def close(self) -> None:
+    def close(self, status: int) -> None:
+        """End all, in the trackers with the status that the run ends with."""
         self.file.close()
         self.console.close()
         for tracker in self.trackers:
-            tracker.finish()
+            tracker.finish(status)
 
 
 @contextmanager
@@ -97,10 +101,14 @@ def open_log(folder: Path, settings: Settings, run: RunRecord, writes: bool) -> 
     console = Console(settings.progress, settings.name, run.budget_tokens)
     trackers = open_trackers(folder, settings, run, console.say)
     log = Log(folder, trackers, console)
+    status = FAILED
     try:
         yield log
+    except Stopped as stopped:
+        status = stopped.status
+        raise
     finally:
-        log.close()
+        log.close(0 if is_complete(folder) else status)
 
 
 # ---- console -----------------------------------------------------------------------------------------------

@@ -5,28 +5,24 @@ can do the run no harm.
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outgrow.model.base.errors import UserError, kind_and_line
+from outgrow.model.base.errors import UserError, in_one_line
 from outgrow.model.keys import without
+from outgrow.train.run import weights_and_biases
 from outgrow.train.run.folder import METRICS, PICTURE, SAMPLES
+from outgrow.train.run.weights_and_biases import CLOCKS, Say
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
     from outgrow.train.run.record import RunRecord
     from outgrow.train.settings import Settings
-
-CLOCKS = ("step", "tokens", "flops", "seconds")
-# that W&B's server is waited for; what it has not taken by then stays on the disk for `wandb sync`
-START_S, FINISH_S = 60, 120
-Say = Callable[[str], None]
 
 
 class Tracker:
@@ -54,7 +50,7 @@ class Tracker:
         row |= _under(kind, known)
         # its only x-axis is a whole number: curves over other clocks are written at their time
         if self.name == "tensorboard":
-            self._guard("log", row, step=step)
+            self._guard(partial(_log, row, step))
             axes = {
                 "tokens": clocks["tokens"],
                 "gigaflops": clocks["flops"] / 1e9,
@@ -62,11 +58,11 @@ class Tracker:
             }
             for axis, position in axes.items():
                 curves = _under(f"{kind}_by_{axis}", losses)
-                self._guard("log", curves, step=round(position))
+                self._guard(partial(_log, curves, round(position)))
         else:
             for axis in ("flops", "seconds"):
                 row |= _under(f"{kind}_by_{axis}", losses)
-            self._guard("log", row, step=step)
+            self._guard(partial(_log, row, step))
 
     def samples(self, when: str, samples: Iterable[Mapping[str, str]], clocks: Mapping[str, Any]) -> None:
         """Log samples, as a table where the tracker has tables, else as text."""
@@ -74,40 +70,54 @@ class Tracker:
         step = clocks["step"]
         if step < self.begun:
             return
-        if self.name == "wandb":
-            self._guard(
-                "log_table",
-                f"samples/{when}",
-                columns=["prompt", "text"],
-                data=pairs,
-                step=step,
-            )
-        else:
-            parts = [f"**{prompt}**{text}" for prompt, text in pairs]
-            listing = {f"samples/{when}": "\n\n".join(parts)}
-            self._guard("log", listing, step=step)
+        label = f"samples/{when}"
+
+        def log(tracker: Any) -> None:
+            if self.name == "wandb":
+                tracker.log_table(label, columns=["prompt", "text"], data=pairs, step=step)
+            else:
+                parts = [f"**{prompt}**{text}" for prompt, text in pairs]
+                tracker.log({label: "\n\n".join(parts)}, step=step)
+
+        self._guard(log)
 
     def picture(self, name: str, path: Path) -> None:
         """A picture at step 0, where the tracker shows pictures."""
-        if hasattr(self.tracker, "log_images"):
+
+        def log(tracker: Any) -> None:
             from matplotlib.image import imread
 
             shape = {"dataformats": "NHWC"} if self.name == "tensorboard" else {}
             image = imread(path)[None, ..., :3]
-            self._guard("log_images", {name: image}, step=0, **shape)
+            tracker.log_images({name: image}, step=0, **shape)
 
-    def finish(self) -> None:
-        self._guard("finish")
+        if hasattr(self.tracker, "log_images"):
+            self._guard(log)
 
-    def _guard(self, method: str, *arguments: Any, **options: Any) -> None:
+    def finish(self, status: int) -> None:
+        """End the record of a run that ends with this status."""
+
+        def end(tracker: Any) -> None:
+            if self.name == "wandb":
+                weights_and_biases.end(tracker.run, status)
+            else:
+                tracker.finish()
+
+        self._guard(end)
+
+    def _guard(self, act: Callable[[Any], None]) -> None:
         if self.tracker is None:
             return
         try:
-            getattr(self.tracker, method)(*arguments, **options)
+            act(self.tracker)
         except Exception as error:
             self.tracker = None
-            reason = kind_and_line(error)
+            reason = in_one_line(error)
             self.say(f"tracker {self.name} stopped ({reason}); training goes on, {METRICS} is complete")
+
+
+def _log(values: Mapping[str, Any], step: int, tracker: Any) -> None:
+    tracker.log(values, step=step)
 
 
 def _under(label: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,12 +131,18 @@ def check_installed(names: Iterable[str]) -> None:
     Raises:
         UserError: naming each of them and the command that installs it.
     """
-    missing = [name for name in names if find_spec(name) is None]
+    missing = [name for name in names if not installed(name)]
     extras = {"wandb": "train"}  # which comes with all that training needs
     UserError.collect(
         f"logger={name}: not installed; pip install -e '.[{extras.get(name, name)}]', or choose logger=none"
         for name in missing
     )
+
+
+def installed(name: str) -> bool:
+    """Check for a package of that name; a folder so called, as W&B leaves one where it runs, is none."""
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None
 
 
 def open_trackers(folder: Path, settings: Settings, run: RunRecord, say: Say) -> list[Tracker]:
@@ -138,7 +154,7 @@ def open_trackers(folder: Path, settings: Settings, run: RunRecord, say: Say) ->
             opened.append(Tracker(started, say))
         except Exception as error:
             say(
-                f"tracker {name} does not start ({kind_and_line(error)}); training goes on without it",
+                f"tracker {name} does not start ({in_one_line(error)}); training goes on without it",
             )
     metrics = folder / METRICS
     picture = folder / PICTURE
@@ -188,80 +204,6 @@ def _samples(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _wandb(folder: Path, settings: Settings, run: RunRecord, say: Say) -> GeneralTracker:
-    """W&B: curves grouped by study, over tokens by default, and losses over FLOPs and seconds as well.
-
-    A server that cannot be reached leaves the run offline; one that is lost later is waited for at the end,
-    and not for ever.
-    """
-    import wandb
-
-    mode = _wandb_mode(settings.logger.mode)
-    try:
-        tracker = _wandb_in(mode, folder, settings, run)
-    except Exception as error:
-        if mode != "online":
-            raise
-        say(f"W&B cannot be reached ({kind_and_line(error)}); it is written offline, for `wandb sync`")
-        wandb.teardown()  # its service would hold the run's name to be in use
-        tracker = _wandb_in("offline", folder, settings, run)
-    _say_where(tracker.run, say)
-    for clock in CLOCKS:
-        tracker.run.define_metric(clock, hidden=True)
-    for kind in ("train", "eval", "before_growth", "growth", "diagnostics"):
-        tracker.run.define_metric(f"{kind}/*", step_metric="tokens")
-        for axis in ("flops", "seconds"):
-            tracker.run.define_metric(f"{kind}_by_{axis}/*", step_metric=axis)
-    tracker.run.define_metric("eval/val_loss", step_metric="tokens", summary="min,last")  # the best one too
-    return tracker
-
-
-def _say_where(run: Any, say: Say) -> None:
-    """Say where the record is, how to look at it and how to upload it."""
-    if run.url:
-        say(f"W&B: {run.url}")
-        return
-    folder = os.path.relpath(Path(run.dir).parent)
-    say(f"W&B, offline: {folder}; look at it: wandb leet run {folder}; upload it: wandb sync {folder}")
-
-
-def _wandb_in(mode: str, folder: Path, settings: Settings, run: RunRecord) -> Any:
-    import wandb
-    from accelerate.tracking import WandBTracker
-
-    project = os.environ.get("WANDB_PROJECT") or settings.logger.project
-    tracker: Any = WandBTracker(
-        re.sub(r"[/\\#?%:]", "_", project)[:128],
-        entity=os.environ.get("WANDB_ENTITY"),
-        name=settings.name,
-        id=f"{_clean(settings.name)[:50]}-{run.settings_hash[:8]}",
-        resume="allow",
-        group=settings.study,
-        tags=[settings.growth.name[:64], f"seed {settings.seed}"],
-        config=run.to_json(),
-        dir=str(folder),
-        mode=mode,
-        settings=wandb.Settings(console="off", silent=True, init_timeout=START_S, finish_timeout=FINISH_S),
-    )
-    tracker.start()
-    return tracker
-
-
-def _clean(name: str) -> str:
-    """A name in the characters that W&B takes in the id of a run and in the name of a table."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
-
-
-def _wandb_mode(asked: str) -> str:
-    if asked != "auto":
-        return asked
-    import wandb
-
-    return os.environ.get("WANDB_MODE") or (
-        "online" if wandb.login(prompt=False, verify=False) else "offline"
-    )
-
-
 def _tensorboard(folder: Path, settings: Settings, run: RunRecord, say: Say) -> GeneralTracker:
     from accelerate.tracking import TensorBoardTracker
 
@@ -285,4 +227,4 @@ def _trackio(folder: Path, settings: Settings, run: RunRecord, say: Say) -> Gene
     return tracker
 
 
-OPENERS = {"wandb": _wandb, "tensorboard": _tensorboard, "trackio": _trackio}
+OPENERS = {"wandb": weights_and_biases.start, "tensorboard": _tensorboard, "trackio": _trackio}
