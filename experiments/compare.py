@@ -19,20 +19,21 @@ from outgrow.experiments.runs import CONTROLS, SCRATCH, SOURCE, ArmRate, LeftOut
 from outgrow.model.base.errors import UserError
 
 METHOD = (
-    "All arms train the same target on the same batches of one data set; validation text is held out by "
-    "document and is the same in every evaluation. A cost is read where the arm's mean curve comes down "
-    "for good to scratch's final loss (mean over seeds, best learning rate), linear in the loss between "
-    "two evaluations; a dip that rises above it again counts for nothing, and an arm that ends above has "
-    "not reached it; scratch is read by the same rule. FLOPs are counted from the model, attention "
-    "included, for the tokens really processed, plus the operator's own steps and a teacher's forward "
-    "passes; a run that grows on its way pays for the network it has at each step, and for no gradient of "
-    "what is frozen. S = C_scratch / C_arm; saving = 1 − 1/S. Source excluded: the checkpoint was already "
-    "there. Source included: it had to be trained first. Loss at equal FLOPs: the arm's loss where it has "
-    "paid what scratch paid in all, minus scratch's final loss (negative is better). Where an arm is read "
-    "before the end of its own schedule, its learning rate has not yet decayed as far as scratch's had: "
-    "that is to the arm's disadvantage. Intervals are 95 %, Student t over seeds; a saving's interval "
-    "holds each seed against scratch's run of the same seed. A change is the mean difference of final "
-    "losses over pairs of one seed; no interval is corrected for how many are looked at."
+    "All arms train on the same batches of one data set. They train the same target, but for the controls "
+    "(source, null_control), which train the source's own, smaller network. Validation text is held out by "
+    "document and is the same in every evaluation. A cost is read where the arm's mean curve comes down for "
+    "good to scratch's final loss (mean over seeds, best learning rate), linear in the loss between two "
+    "evaluations; a dip that rises above it again counts for nothing, and an arm that ends above has not "
+    "reached it; scratch is read by the same rule. FLOPs are counted from the model, attention included, "
+    "for the tokens really processed, plus the operator's own steps and a teacher's forward passes; a run "
+    "that grows on its way pays for the network it has at each step, and for no gradient of what is frozen. "
+    "S = C_scratch / C_arm; saving = 1 − 1/S. Source excluded: the checkpoint was already there. Source "
+    "included: it had to be trained first. Loss at equal FLOPs: the arm's loss where it has paid what "
+    "scratch paid in all, minus scratch's final loss (negative is better). Where an arm is read before the "
+    "end of its own schedule, its learning rate has not yet decayed as far as scratch's had: that is to the "
+    "arm's disadvantage. Intervals are 95 %, Student t over seeds; a saving's interval holds each seed "
+    "against scratch's run of the same seed. A change is the mean difference of final losses over pairs of "
+    "one seed; no interval is corrected for how many are looked at."
 )
 
 

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, replace
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from helpers.runs import record_of
 from outgrow.experiments import products
 from outgrow.experiments import study_file as definition
+from outgrow.experiments.compare import METHOD
 from outgrow.experiments.cost import Curve, cost, mean_curve
 from outgrow.experiments.ends import RECORD, read_ends
 from outgrow.experiments.horizon_report import markdown
@@ -170,7 +172,17 @@ def test_what_is_committed_are_the_runs_that_the_study_defines(
     check_table(HERE / name / "README.md", (HERE / name / "table.md").read_text())
 
 
-@pytest.mark.parametrize("name", sorted(path.parent.name for path in HERE.glob("*/comparison.json")))
+COMPARED = sorted(path.parent.name for path in HERE.glob("*/comparison.json"))
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_what_is_committed_states_the_method_of_today(name: str) -> None:
+    found = json.loads((HERE / name / "comparison.json").read_text())
+    assert found["method"] == METHOD
+    assert f"<p>{escape(METHOD)}</p>" in (HERE / name / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", COMPARED)
 def test_what_is_committed_follows_from_its_own_curves(name: str) -> None:
     """Every cost and saving of the table, computed again from the curves beside it by the rule of today."""
     found = json.loads((HERE / name / "comparison.json").read_text())
