@@ -77,7 +77,7 @@ def _positions(n: int, N: int) -> Expansion:
     return Expansion.of(kept, kept, rule)
 
 
-def _each_space(growth: Growth, grow: Callable[[str, int, int], Expansion]) -> dict[str, Expansion]:
+def each_space(growth: Growth, grow: Callable[[str, int, int], Expansion]) -> dict[str, Expansion]:
     """Apply `grow` to the spaces of the transformer, and the shared rules to vocabulary and positions."""
     rules = {"vocab": _vocabulary, "pos": _positions}
     expansions: dict[str, Expansion] = {}
@@ -151,7 +151,7 @@ def _average_expansion(growth: Growth, writer_gain: Callable[[float], float]) ->
         rule = f"{n} → {N}: copied in turn, readers divided"
         return Expansion.of(copies, copies.split(), rule)
 
-    expansions = _each_space(growth, grow)
+    expansions = each_space(growth, grow)
     return Recipe(expansions, hidden_ratio=growth.hidden_ratio, moments="transpose")
 
 
@@ -241,7 +241,7 @@ def _pad(growth: Growth, fill: Fill, word: str) -> Recipe:
         rule = f"{n} → {N}: source first, {count} {word}"
         return Expansion.of(kept, kept, rule)
 
-    expansions = _each_space(growth, grow)
+    expansions = each_space(growth, grow)
     return Recipe(expansions)
 
 
@@ -276,7 +276,7 @@ def tile(growth: Growth, *, mode: str = "middle", heads: str = "head_aware") -> 
         rule = f"{n} → {N}: {how}"
         return Expansion.of(kept, kept, rule)
 
-    expansions = _each_space(growth, grow)
+    expansions = each_space(growth, grow)
     flat = tiled if heads == "flat" else None
     return Recipe(expansions, flat=flat)
 
@@ -322,7 +322,7 @@ def net2net(growth: Growth) -> Recipe:
     def grow(space: str, n: int, N: int) -> Expansion:
         return _random_copies(growth, space, n, N)
 
-    expansions = _each_space(growth, grow)
+    expansions = each_space(growth, grow)
     return Recipe(expansions, hidden_ratio=growth.hidden_ratio, moments="transpose")
 
 
@@ -408,7 +408,7 @@ def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
             final = read.scaled(undo)
         return replace(expansion, final_scale=final, final_shift=final)
 
-    expansions = _each_space(growth, grow)
+    expansions = each_space(growth, grow)
     return Recipe(
         expansions,
         diagonal=form == "diagonal",
@@ -477,7 +477,7 @@ def sparkling(growth: Growth) -> Recipe:
         coherent = 3 * (D - d) / d
         return sqrt(1 / (1 + coherent))
 
-    expansions = _each_space(growth, grow)
+    expansions = each_space(growth, grow)
     return Recipe(expansions, factor=factor, moments="original")
 
 
