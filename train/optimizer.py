@@ -33,6 +33,15 @@ if TYPE_CHECKING:
 
 Groups = list[dict[str, Any]]
 
+UNTOUCHED = "untouched"  # the one group without weight decay
+# what a run tells of each group
+HOLDS = {
+    "hidden": "matrices between the embeddings and the head",
+    "experts": "stacks of such matrices",
+    "decayed": "the output head",
+    UNTOUCHED: "norms, biases, embeddings and kernels of convolutions",
+}
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
     """The parameters that learn, in the groups above that are not empty.
@@ -61,7 +70,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
         group("hidden", weight_decay, lambda p: id(p) in hidden and p.ndim == 2),
         group("experts", weight_decay, lambda p: id(p) in hidden and p.ndim > 2),
         group("decayed", weight_decay, lambda p: id(p) in matrices and id(p) in ends),
-        group("untouched", 0.0, lambda p: id(p) not in matrices),
+        group(UNTOUCHED, 0.0, lambda p: id(p) not in matrices),
     ]
     check_cover(model, groups)
     return [group for group in groups if group["params"]]

@@ -323,6 +323,17 @@ def test_the_experiment_fits_and_what_does_not_is_told_the_way_out() -> None:
         assert f"with {key}: {forecast(compose([*whole, key])).memory.total / GIB:.1f} GiB, fits" in said
 
 
+def test_a_dry_run_says_what_decays_and_which_machine_it_assumes() -> None:
+    given = ["growth=scratch", "target=tiny_target", "forecast.gpus=2", "forecast.device=L4"]
+    said = tell(compose([*given, "optimizer.weight_decay=0.3"])).splitlines()
+    assert "assumed       2 × L4, whatever this machine has (forecast.gpus, forecast.device)" in said
+    groups = {line.split()[0]: line for line in said if line.startswith("  ")}
+    assert groups["decayed"].endswith(" in 1 tensor: the output head; weight decay 0.3")
+    decays = {name: line.rpartition("; ")[2] for name, line in groups.items()}
+    decayed = "weight decay 0.3"
+    assert decays == {"hidden": decayed, "decayed": decayed, "untouched": "no weight decay"}
+
+
 @pytest.mark.slow
 def test_a_device_of_unknown_memory_is_said_to_be_one() -> None:
     given = ["growth=scratch", "target=tiny_target", "forecast.gpus=1"]

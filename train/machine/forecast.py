@@ -23,7 +23,7 @@ from outgrow.train.compose import compose
 from outgrow.train.machine.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, peak_flops
 from outgrow.train.machine.memory import Memory, memory
 from outgrow.train.machine.regime import multiplied, regime
-from outgrow.train.optimizer import parameter_groups
+from outgrow.train.optimizer import HOLDS, UNTOUCHED, parameter_groups
 from outgrow.train.run.record import flops_after
 from outgrow.train.settings import Budget, Settings
 from outgrow.train.start.passes import passes
@@ -203,8 +203,9 @@ def tell(settings: Settings) -> str:
     is_sparse = counted.active < counted.parameters
     sparsity = f", {counted.active:,} active for each token" if is_sparse else ""
     lines = [f"{settings.name}: {counted.parameters:,} parameters{sparsity}"]
-    for name, (tensors, count) in counted.groups.items():
-        lines.append(f"  {name:<10} {count:>14,} in {tensors} tensors")
+    lines += _groups(counted, settings.optimizer.weight_decay)
+    machine = f"{plan.gpus} × {plan.device}"
+    lines.append(f"assumed       {machine}, whatever this machine has (forecast.gpus, forecast.device)")
     rows = loop.micro_batch or "all"
     shape = f"{plan.gpus} × {counted.pieces} × {rows} windows of {loop.context}"
     lines += [
@@ -256,6 +257,16 @@ def tell(settings: Settings) -> str:
             "not counted   the teacher: its forward passes, a third of its training FLOPs, and its weights"
         )
     return "\n".join(lines)
+
+
+def _groups(counted: Forecast, weight_decay: float) -> list[str]:
+    """A line on each of the optimizer's groups: its size, what it holds, and whether that decays."""
+    lines = []
+    for name, (tensors, count) in counted.groups.items():
+        plural = "s" if tensors > 1 else ""
+        decay = "no weight decay" if name == UNTOUCHED else f"weight decay {weight_decay:g}"
+        lines.append(f"  {name:<10} {count:>14,} in {tensors} tensor{plural}: {HOLDS[name]}; {decay}")
+    return lines
 
 
 def ways_out(settings: Settings, room: float) -> list[str]:
