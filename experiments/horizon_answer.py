@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from outgrow.experiments.cost import undecided
 from outgrow.experiments.horizons import Bound, Point, Worth
@@ -19,9 +19,7 @@ def answer(rows: Sequence[Worth]) -> str:
         return "No arm grew, so nothing can be said of a speed-up."
     best = max(grown, key=_merit)
     point = best.point
-    count = len(point.ends)
-    plural = "s" if count > 1 else ""
-    seeds = f"{count} seed{plural}: {seed_numbers(point)}"
+    seeds = seeds_text(end.seed for end in point.ends)
     return (
         f"At {point.tokens_per_parameter:.0f} tokens a parameter {_verdict(best)}: {point.arm} is worth S "
         f"{_relation(best)} against scratch, everything paid ({seeds}). {_control(best, rows)}"
@@ -121,6 +119,13 @@ def _control(best: Worth, rows: Sequence[Worth]) -> str:
         f"The control, {near.arm} trained on for {near_teraflop:.2f} TFLOP, ends {abs(gap):.3f} nats "
         f"{side} than {own.arm} for {own_teraflop:.2f}."
     )
+
+
+def seeds_text(numbers: Iterable[int]) -> str:
+    """Seeds in a sentence, where a bare number would read as a value: seed 0; seeds 0, 1, 2."""
+    names = list(map(str, numbers))
+    plural = "s" if len(names) > 1 else ""
+    return f"seed{plural} {', '.join(names)}"
 
 
 def seed_numbers(point: Point) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from outgrow.experiments.cost import half_interval, undecided
 from outgrow.experiments.ends import RECORD, End, text_faults, write_ends
+from outgrow.experiments.horizon_answer import seeds_text
 from outgrow.experiments.horizon_report import markdown_table, millions, read_inputs
 from outgrow.experiments.horizons import BaselineCurve, best_points, curve_of_seed, envelope
 from outgrow.experiments.publish import Writer, write_together
@@ -156,13 +157,12 @@ def _check(family: Family) -> None:
 def answer(measured: Sequence[Family]) -> str:
     """The finding in one sentence."""
     count = len(measured[0].products)
-    numbers = [str(family.products[0].seed) for family in measured]
-    seeds = ", ".join(numbers)
+    seeds = seeds_text(family.products[0].seed for family in measured)
     savings = [family.saving for family in measured if family.saving is not None]
     if len(savings) < len(measured):
         return (
             f"A product ends outside of the range of its scratch's curve, so the {count} products cannot be "
-            f"held against scratch at equal losses (seeds: {seeds})."
+            f"held against scratch at equal losses ({seeds})."
         )
     mean = sum(savings) / len(savings)
     half = half_interval(savings)
@@ -170,7 +170,7 @@ def answer(measured: Sequence[Family]) -> str:
     word = "fewer" if mean > 0 else "more"
     share = f"{100 * abs(mean):.0f}{interval} % {word} FLOPs"
     doubt = undecided(len(measured))
-    known_by = f"{doubt}; seeds: {seeds}" if doubt else f"seeds: {seeds}"
+    known_by = f"{doubt}; {seeds}" if doubt else seeds
     return (
         f"{count} products, each grown from the trunk of the one before, take {share} than {count} scratch "
         f"runs that end at the same losses ({known_by})."

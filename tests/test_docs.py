@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -272,14 +273,38 @@ def conf_of_a_reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
-def test_every_command_is_one_that_the_doors_take(
-    words: list[str], conf_of_a_reader: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def as_a_reader(conf_of_a_reader: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Compose from that folder."""
     for room in ("model.base.compose", "train.start.naming", "train.compose"):
         monkeypatch.setattr(f"outgrow.{room}.CONF", conf_of_a_reader)
+    return conf_of_a_reader
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
+def test_every_command_is_one_that_the_doors_take(words: list[str], as_a_reader: Path) -> None:
     check(words)
+
+
+@pytest.mark.slow
+def test_what_the_readme_compares_is_what_it_trains(as_a_reader: Path) -> None:
+    from outgrow.model.base.compose import sweep_points
+    from outgrow.train.compose import compose
+
+    trained: dict[str, str] = {}  # folder → arm
+    compared = []
+    for words in commands("README.md"):
+        match words:
+            case ["outgrow", "train", *overrides] if "dry_run=true" not in overrides:
+                for point in sweep_points([word for word in overrides if word != "-m"]):
+                    settings = compose(point)
+                    trained[settings.out] = settings.growth.name
+            case ["outgrow", "compare", pattern]:
+                compared.append(pattern)
+                arms = {arm for folder, arm in trained.items() if fnmatch(folder, pattern)}
+                assert {"scratch", "lossless"} <= arms, pattern
+    assert len(compared) == 2
 
 
 @pytest.mark.parametrize("words", [["outgrow", "grow", "source=DIR", "targt=phi_2"], ["rm", "-rf", "runs"]])

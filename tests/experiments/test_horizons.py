@@ -171,7 +171,7 @@ def test_the_table_and_the_sentence_say_what_was_measured(tmp_path: Path) -> Non
     assert line == "| grown | adamw | 0.0 M | 30 | 0.01* | 0, 1 | 2.00 | 2.5000 | 2.67 | 2.00 | -0.2500 |"
     assert answer(rows) == (
         "At 30 tokens a parameter growth pays (2 seeds: not decided): grown is worth S = 2.00 against scratch, everything "
-        "paid (2 seeds: 0, 1). The control, small trained on for 0.50 TFLOP, ends 0.900 nats higher than grown for 2.00."
+        "paid (seeds 0, 1). The control, small trained on for 0.50 TFLOP, ends 0.900 nats higher than grown for 2.00."
     )
     losing = worths([CONTROL, *SCRATCH_ENDS, end("grown", 4e12, 2.6)])
     assert "growth does not pay (one seed: not decided): grown is worth S = 0.76" in answer(losing)
@@ -224,7 +224,7 @@ def test_the_control_stands_in_the_headline_and_is_no_grown_arm(loss: float, wor
     controls = [end("longer", flops, loss, parameters=300) for flops in (0.5e12, 1.9e12, 8e12)]
     assert answer(worths([*SCRATCH_ENDS, grown, *controls])) == (
         "At 40 tokens a parameter growth pays (one seed: not decided): grown is worth S = 2.00 against scratch, everything paid "
-        f"(1 seed: 0). The control, longer trained on for 1.90 TFLOP, ends {word} than grown for 2.00."
+        f"(seed 0). The control, longer trained on for 1.90 TFLOP, ends {word} than grown for 2.00."
     )
 
 

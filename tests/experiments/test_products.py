@@ -50,7 +50,7 @@ def test_each_trunk_is_paid_once_and_scratch_is_read_at_each_products_loss() -> 
     assert family.saving == pytest.approx(1 - 120 / 210)
     assert answer([family]) == (
         "3 products, each grown from the trunk of the one before, take 43 % fewer FLOPs than 3 scratch runs "
-        "that end at the same losses (one seed: not decided; seeds: 0)."
+        "that end at the same losses (one seed: not decided; seed 0)."
     )
 
 
