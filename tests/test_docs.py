@@ -3,6 +3,7 @@ somewhere."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import json
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from argparse import Namespace
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import partial
@@ -28,6 +30,7 @@ from helpers.models import TINY
 from outgrow.experiments.ends import RECORD, read_ends
 from outgrow.experiments.horizon_answer import answer
 from outgrow.experiments.horizons import worths
+from outgrow.experiments.study_file import Job, load_study
 from outgrow.experiments.table import check_table
 from outgrow.growth import grow, plan
 from outgrow.growth.__main__ import GrowthLeaf
@@ -42,6 +45,7 @@ from outgrow.model.base.settings import read
 from outgrow.model.build import to_hf_config
 from outgrow.model.geometry import parameter_count
 from outgrow.model.presets import PRESETS, preset
+from outgrow.train.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -140,20 +144,22 @@ def commands(page: str) -> Iterator[list[str]]:
                 yield words
 
 
-def check_train(arguments: list[str]) -> None:
+# Each of these reads the arguments of one command as its door does, and returns what the door made of them.
+
+
+def train_command(arguments: list[str]) -> list[Settings]:
     from outgrow.model.base.compose import sweep_points
     from outgrow.train.compose import compose
 
-    swept = "-m" in arguments
     overrides = [argument for argument in arguments if argument != "-m"]
-    points = sweep_points(overrides) if swept else [overrides]
-    assert len(points) > swept
-    assert compose(points[0])
+    if "-m" not in arguments:
+        return [compose(overrides)]
+    first, *_, last = sweep_points(overrides)
     # what lies between differs in one leaf, and tests/test_conf.py composes every leaf
-    assert not swept or compose(points[-1])
+    return [compose(first), compose(last)]
 
 
-def check_data(arguments: list[str]) -> None:
+def corpus_command(arguments: list[str]) -> Any:
     from outgrow.train.corpus.__main__ import FilterSettings, InspectSettings, PrepareSettings, settings_from
     from outgrow.train.corpus.writing.settings import settings_from as write_settings
 
@@ -163,101 +169,110 @@ def check_data(arguments: list[str]) -> None:
         "inspect": (InspectSettings, "inspect"),
         **dict.fromkeys(("label", "fit", "score"), (FilterSettings, "filter")),
     }
-    assert write_settings(overrides) if command == "write" else settings_from(*kinds[command], overrides)
+    return write_settings(overrides) if command == "write" else settings_from(*kinds[command], overrides)
 
 
-def check_experiments(command: str, arguments: list[str]) -> None:
+def experiments_command(command: str, arguments: list[str]) -> Namespace:
     from outgrow.experiments.__main__ import parser
 
     options = parser().parse_args([command, *arguments])
-    if options.command in ("study", "run"):
-        assert options.study in (None, *STUDIES)
+    if options.command in ("study", "run") and options.study:
+        load_study(options.study)
+    return options
 
 
-def check_select(arguments: list[str]) -> None:
+def select_command(arguments: list[str]) -> list[Job]:
     from outgrow.experiments.__main__ import parser
     from outgrow.experiments.halving import question
     from outgrow.experiments.selection import jobs_of
 
     options = parser().parse_args(["select", *arguments])
     asked = question(options.study, options.words)
-    assert all(jobs_of(asked, candidate, [asked.halving.lag_tokens]) for candidate in asked.candidates)
+    lag = [asked.halving.lag_tokens]
+    return [job for candidate in asked.candidates for job in jobs_of(asked, candidate, lag)]
 
 
-def check_schema(arguments: list[str]) -> None:
-    assert [argument.partition("=")[0] for argument in arguments] == ["source"]
+def schema_command(arguments: list[str]) -> str | None:
+    (argument,) = arguments
+    return argument.removeprefix("source=") if argument.startswith("source=") else None
 
 
-def check_growth(arguments: list[str]) -> None:
+def grow_command(arguments: list[str]) -> Any:
     if arguments == ["--help"]:
-        return
+        return arguments
     settings = growth_settings(arguments)
     if settings.plan_only and settings.source in PRESETS:
-        plan(settings.source, settings.target, seed=settings.seed, **settings.growth.arguments())
+        return plan(settings.source, settings.target, seed=settings.seed, **settings.growth.arguments())
+    return settings
 
 
-def check_pytest(arguments: list[str]) -> None:
-    assert all((ROOT / argument).is_file() for argument in arguments if argument.endswith(".py"))
+def pytest_command(arguments: list[str]) -> bool:
+    return all((ROOT / argument).is_file() for argument in arguments if argument.endswith(".py"))
 
 
-def check_cost(arguments: list[str]) -> None:
+def cost_command(arguments: list[str]) -> Any:
     from outgrow.experiments.footprint.footprint import settings_from
 
-    assert settings_from([argument for argument in arguments if "=" in argument])
+    return settings_from([argument for argument in arguments if "=" in argument])
 
 
-def check_evaluate(arguments: list[str]) -> None:
+def evaluate_command(arguments: list[str]) -> Any:
     from outgrow.experiments.suite.evaluate import settings_from
 
-    assert settings_from([argument for argument in arguments if "=" in argument])
+    return settings_from([argument for argument in arguments if "=" in argument])
+
+
+def launched_command(arguments: list[str]) -> list[Settings] | None:
+    """What follows `torchrun --nproc_per_node`."""
+    number, *module = arguments[:3]
+    is_training = number.isdecimal() and module == ["-m", "outgrow.train"]
+    return train_command(arguments[3:]) if is_training else None
 
 
 DOORS = {
-    "grow": check_growth,
-    "schema": check_schema,
-    "train": check_train,
-    "corpus": check_data,
-    "study": partial(check_experiments, "study"),
-    "compare": partial(check_experiments, "compare"),
-    "horizons": partial(check_experiments, "horizons"),
-    "select": check_select,
-    "frontier": partial(check_experiments, "frontier"),
-    "family": partial(check_experiments, "family"),
-    "predict": partial(check_experiments, "predict"),
-    "same": partial(check_experiments, "same"),
-    "evaluate": check_evaluate,
-    "cost": check_cost,
+    "grow": grow_command,
+    "schema": schema_command,
+    "train": train_command,
+    "corpus": corpus_command,
+    "study": partial(experiments_command, "study"),
+    "compare": partial(experiments_command, "compare"),
+    "horizons": partial(experiments_command, "horizons"),
+    "select": select_command,
+    "frontier": partial(experiments_command, "frontier"),
+    "family": partial(experiments_command, "family"),
+    "predict": partial(experiments_command, "predict"),
+    "same": partial(experiments_command, "same"),
+    "evaluate": evaluate_command,
+    "cost": cost_command,
 }
 
 
-def check(words: list[str]) -> None:
-    """Read a command by the door that it would go through."""
-    launched = {"torchrun": 1, "python -m outgrow.train.launch": 3}
-    start = next(
-        (start for start in launched if shlex.join(words).startswith(f"{start} --nproc_per_node")), None
-    )
-    if start is not None:
-        number, *module = words[launched[start] + 1 : launched[start] + 4]
-        assert number.isdecimal()
-        assert module == ["-m", "outgrow.train"]
-        check_train(words[launched[start] + 4 :])
-        return
+def read_by_its_door(words: list[str]) -> Any:
+    """What the door of a command makes of its words; nothing where no door takes it.
+
+    Raises:
+        UserError: the door refuses it.
+    """
     match words:
-        case ["outgrow", door, *arguments]:
-            DOORS[door](arguments)
+        case ["outgrow", door, *arguments] if door in DOORS:
+            return DOORS[door](arguments)
+        case ["torchrun", "--nproc_per_node", *arguments]:
+            return launched_command(arguments)
+        case ["python", "-m", "outgrow.train.launch", "--nproc_per_node", *arguments]:
+            return launched_command(arguments)
         case ["python", "-m", "pytest", *arguments]:
-            check_pytest(arguments)
+            return pytest_command(arguments)
         case ["python", path, *_]:
-            assert (ROOT / path).is_file()
+            return (ROOT / path).is_file()
         case ["make", target]:
-            assert re.search(rf"^{target}:", text_of("Makefile"), re.MULTILINE)
+            return re.search(rf"^{target}:", text_of("Makefile"), re.MULTILINE)
         case ["pip", "install", "-e", extra]:
             known = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
-            assert set(extra.removeprefix(".[").removesuffix("]").split(",")) <= known.keys()
+            return set(extra.removeprefix(".[").removesuffix("]").split(",")) <= known.keys()
         case ["source", ".venv/bin/activate"] | ["lm_eval", *_]:
-            pass
+            return words
         case _:
-            pytest.fail(f"a command that no test reads: {shlex.join(words)}")
+            return None
 
 
 # one that two pages show is read once
@@ -284,7 +299,7 @@ def as_a_reader(conf_of_a_reader: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.mark.slow
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
 def test_every_command_is_one_that_the_doors_take(words: list[str], as_a_reader: Path) -> None:
-    check(words)
+    assert read_by_its_door(words), f"no door takes this, or what it names is not there: {shlex.join(words)}"
 
 
 @pytest.mark.slow
@@ -307,13 +322,42 @@ def test_what_the_readme_compares_is_what_it_trains(as_a_reader: Path) -> None:
     assert len(compared) == 2
 
 
-@pytest.mark.parametrize("words", [["outgrow", "grow", "source=DIR", "targt=phi_2"], ["rm", "-rf", "runs"]])
-def test_a_wrong_command_is_found(words: list[str]) -> None:
-    with pytest.raises((UserError, pytest.fail.Exception)):
-        check(words)
+@pytest.mark.parametrize(
+    "line",
+    ["rm -rf runs", "outgrow shrink", "python nothing.py", "make nothing", "outgrow schema sauce=DIR"],
+)
+def test_a_command_that_no_door_takes_is_found(line: str) -> None:
+    assert not read_by_its_door(line.split())
+
+
+@pytest.mark.parametrize("line", ["outgrow grow source=DIR targt=phi_2", "outgrow study nothing"])
+def test_a_command_that_its_door_refuses_is_found(line: str) -> None:
+    with pytest.raises(UserError):
+        read_by_its_door(line.split())
 
 
 # ---- snippets ----------------------------------------------------------------------------------------------
+
+
+def imports(block: str) -> list[ast.ImportFrom | ast.Import]:
+    """The import statements of a snippet."""
+    return [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom | ast.Import)]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_what_the_snippets_of_a_page_import_is_there_and_public(page: str) -> None:
+    for block in blocks(page, "python"):
+        for statement in imports(block):
+            names = [alias.name for alias in statement.names]
+            assert not [name for name in names if name.startswith("_")]
+            exec(ast.unparse(statement))
+
+
+def test_an_import_of_what_is_not_there_is_found() -> None:
+    (statement,) = imports("if True:\n    from outgrow.growth import nothing")
+    with pytest.raises(ImportError):
+        exec(ast.unparse(statement))
+
 
 SMALL = PRESETS["tiny_source"] | TINY | {"num_key_value_heads": 3}
 LARGE = (
