@@ -7,7 +7,6 @@ moments.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from outgrow.growth.memory import config_of
 from outgrow.growth.moments import OPTIMIZER, POWERS, STATE, moments_plan
 from outgrow.growth.plan import Plan
 from outgrow.model.base.errors import UserError, first_line
+from outgrow.model.base.files import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -291,7 +291,11 @@ def load_adam(folder: Path | str, target: torch.optim.Optimizer, target_model: P
             f"{folder}: no such folder; grow with optimizer=FILE to have Adam's moments grown too"
         )
     files = {name: stored.file for name, stored in tensor_table(folder).items()}
-    record = json.loads((folder / STATE).read_text())
+    way_out = "grow anew, or go on without it"
+    record = read_object(folder / STATE, way_out)
+    step = record.get("step")
+    if not isinstance(step, int) or step < 0:
+        raise UserError(f"{folder / STATE}: its step is {step!r}, expected how many were taken; {way_out}")
 
     def moment(name: str) -> torch.Tensor:
         if name not in files:
@@ -301,7 +305,7 @@ def load_adam(folder: Path | str, target: torch.optim.Optimizer, target_model: P
 
     first_moments = [name for name in files if name.startswith("exp_avg.")]
     names = [name.removeprefix("exp_avg.") for name in first_moments]
-    fill(target, target_model, names, moment, record["step"])
+    fill(target, target_model, names, moment, step)
 
 
 def fill(
@@ -317,6 +321,9 @@ def fill(
     Args:
         names: of the tensors in the model's file.
         moment: gives the moment `exp_avg.NAME` or `exp_avg_sq.NAME` of such a tensor.
+
+    Raises:
+        UserError: a moment is of another shape than its parameter, or no step can be taken with it.
     """
     import torch
 
@@ -335,9 +342,23 @@ def fill(
         if id(parameter) in numbers:
             number = numbers[id(parameter)]
             entry = {key: moments[key][name] for key in POWERS}
+            for key, tensor in entry.items():
+                _check_filled(key, name, tensor, parameter)
             count = torch.tensor(float(step))
             state["state"][number] = {"step": count, **entry}
     optimizer.load_state_dict(state)
+
+
+def _check_filled(moment: str, name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> None:
+    """Refuse a moment that does not fit its parameter, or that no step can be taken with."""
+    own = tuple(tensor.shape)
+    shape = tuple(parameter.shape)
+    fault = _unusable(moment, tensor) if own == shape else f"has shape {own}, and the parameter {shape}"
+    if fault:
+        raise UserError(
+            f"optimizer state: {moment} of {name} {fault}; no optimizer can go on from it: grow the state "
+            "anew, or go on without it"
+        )
 
 
 def _numbers(optimizer: torch.optim.Optimizer) -> dict[int, int]:

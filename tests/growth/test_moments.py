@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
 from helpers.families import FAMILIES, MULTI_HEAD, config_of, growths, renamed
 from helpers.models import random_model
 from helpers.unwritten import config_of as stranger
 from outgrow.growth import grow, grow_adam, load_adam, plan
+from outgrow.growth.adam import fill
 from outgrow.growth.decision import Step
 from outgrow.growth.memory import config_of as config_of_model
 from outgrow.growth.memory import follow, plan_of
@@ -373,6 +375,40 @@ def test_states_that_do_not_fit(phi_folder: Path, tmp_path: Path, spoil: Any, me
     with pytest.raises(UserError, match=re.escape(message)):
         grow(phi_folder, tmp_path / "out", target={"intermediate_size": 80}, optimizer=tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda tensor: tensor.fill_(math.nan), "has an entry that is not finite"),
+        (lambda tensor: tensor[:1], r"has shape \(1, 24\), and the parameter \(96, 24\)"),
+    ],
+)
+def test_moments_beside_grown_weights_that_are_damaged_are_refused(
+    phi_folder: Path, spoil: Any, message: str
+) -> None:
+    model = load_model(phi_folder, dtype="float64", attention="eager")
+    state = trained(model).state_dict()["state"]
+    names = [name for name, _ in model.named_parameters()]
+
+    def moment(name: str) -> torch.Tensor:
+        kind, _, parameter = name.partition(".")
+        tensor: torch.Tensor = state[names.index(parameter)][kind].clone()
+        return spoil(tensor) if name == "exp_avg.lm_head.weight" else tensor
+
+    with pytest.raises(UserError, match=rf"optimizer state: exp_avg of lm_head\.weight {message}; no optim"):
+        fill(adam(model), model, names, moment, 3)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"step": "three"}', '{"step": -1}'])
+def test_the_count_beside_grown_moments_is_read_or_refused(
+    phi_folder: Path, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "optimizer").mkdir()
+    save_file({"exp_avg.a": torch.zeros(1)}, tmp_path / "optimizer" / "model.safetensors")
+    (tmp_path / "optimizer" / "state.json").write_text(text)
+    with pytest.raises(UserError, match=r"optimizer/state\.json: .*grow anew, or go on without it"):
+        load_adam(tmp_path, adam(model := load_model(phi_folder)), model)
 
 
 def test_a_state_that_would_run_code_is_refused(phi_folder: Path, tmp_path: Path) -> None:

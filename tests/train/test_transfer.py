@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from helpers.models import random_model
 from helpers.toy import assert_close_run, assert_same_run, ended, rows, weights, without_target
@@ -407,6 +408,43 @@ def test_a_start_that_is_damaged_before_its_first_checkpoint_is_refused(
     stop_before(3)
     file.write_bytes(damaged)
     assert (loop.train(settings) / "summary.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        (["growth=source"], "start"),
+        (["growth=scratch", "transfer=distilled", "target={num_hidden_layers:1}"], "transfer.teacher"),
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_told_before_a_step_not_as_a_rate_that_is_too_high(
+    overrides: list[str], source: Path, tmp_path: Path, how: list[str], told: str, value: float
+) -> None:
+    theirs = shutil.copytree(source, tmp_path / "theirs")
+    stored = load_file(theirs / "model.safetensors")
+    stored["lm_head.bias"][3] = value
+    save_file(stored, theirs / "model.safetensors", metadata={"format": "pt"})
+    own = without_target(overrides) if told != "start" else overrides
+    settings = compose([*own, *how, f"source={theirs}", f"out={tmp_path / 'run'}"])
+    with pytest.raises(UserError, match=rf"^{told} \S+/theirs: lm_head\.bias: NaN or infinite.*; repair"):
+        loop.train(settings)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not rows(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_moments_that_are_damaged_before_the_first_checkpoint_are_refused(
+    overrides: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = grown(overrides, source, tmp_path / "run", DEEPER, "transfer=continued")
+    first_optimizer(monkeypatch, settings)
+    first_optimizer(monkeypatch, settings)  # untouched, it begins again
+    file = tmp_path / "run" / "start" / "optimizer" / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="the weights of the start's optimizer have changed since this run"):
+        loop.train(settings)
 
 
 @pytest.mark.slow

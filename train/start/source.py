@@ -17,10 +17,11 @@ from torch import Tensor
 from outgrow.growth import grow
 from outgrow.growth.learned.lessons import LEARNED
 from outgrow.growth.learned.telling import Telling
+from outgrow.growth.moments import OPTIMIZER as MOMENTS
 from outgrow.growth.operators import options_of
 from outgrow.growth.planning import laid_over, mixture_target
 from outgrow.growth.record import read_ledger
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, names_of
 from outgrow.model.base.files import whole_folder
 from outgrow.model.build import build_model, known_size, load_model
 from outgrow.model.checkpoint import Checkpoint
@@ -167,9 +168,16 @@ def weights_read(settings: Settings, source: Path | None, teacher: Path | None) 
 
 
 def start_read(stage: Stage, folder: Path) -> dict[str, str]:
-    """The hash of the weights that a run's first stage was grown to; nothing where it starts otherwise."""
+    """Hashes of the weights that a run's first stage was grown to, and of the moments beside them; nothing
+    where it starts otherwise."""
     start = stage.start(folder)
-    return {} if stage.growth.operator in UNGROWN or not start.is_dir() else {"start": _fingerprint(start)}
+    if stage.growth.operator in UNGROWN or not start.is_dir():
+        return {}
+    hashes = {"start": _fingerprint(start)}
+    moments = start / MOMENTS
+    if moments.is_dir():
+        hashes[f"start's {MOMENTS}"] = _fingerprint(moments)
+    return hashes
 
 
 def _fingerprint(folder: Path) -> str:
@@ -296,10 +304,28 @@ def starting_model(
     if start is None:
         return build_model(stage.config, seed=settings.seed, attention=attention)
     network = load_model(start, attention=attention)
+    check_finite(network, f"start {start}")
     gain = norm_gain(settings, stage.config)
     if gain != 1.0:
         scale_norms(network, gain)
     return network
+
+
+def check_finite(network: PreTrainedModel, what: str) -> None:
+    """Refuse a network that nothing can be learnt with, whatever the learning rate.
+
+    Raises:
+        UserError: a weight, or a buffer that is saved, is not finite.
+    """
+    broken = []
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            broken.append(name)
+    if broken:
+        raise UserError(
+            f"{what}: {names_of(broken)}: NaN or infinite, so that every loss would be; repair the "
+            "checkpoint, or give another"
+        )
 
 
 def _check_memory(config: Config) -> None:

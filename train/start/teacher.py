@@ -24,6 +24,7 @@ from outgrow.model.family import Config
 from outgrow.model.locate import locate
 from outgrow.train.loss import CHUNK_TOKENS, NextTokenLoss, balanced
 from outgrow.train.machine.compile import fuse_activations
+from outgrow.train.start.source import check_finite
 from outgrow.train.start.way import Way
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def find_teacher(folder: Path | None, student: Config, way: Way | None) -> Teach
         way: of the teacher's class.
 
     Raises:
-        UserError: it has more tokens than the student.
+        UserError: it has more tokens than the student, or a weight of it is not finite.
     """
     if folder is None or way is None:
         return None
@@ -171,6 +172,7 @@ def find_teacher(folder: Path | None, student: Config, way: Way | None) -> Teach
             f"transfer.teacher: has {theirs} tokens, the model {own}; a teacher must speak the same tokens",
         )
     network = load_model(folder, attention=way.attention)
+    check_finite(network, f"transfer.teacher {folder}")
     fuse_activations(network)
     return Teacher(network, config, way.fused, way.masked)
 
