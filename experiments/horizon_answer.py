@@ -17,7 +17,7 @@ def answer(rows: Sequence[Worth]) -> str:
     grown = [row for row in rows if is_grown(row, rows)]
     if not grown:
         return "No arm grew, so nothing can be said of a speed-up."
-    best = max(grown, key=_merit)
+    best = max(grown, key=merit)
     point = best.point
     seeds = seeds_text(end.seed for end in point.ends)
     return (
@@ -26,7 +26,7 @@ def answer(rows: Sequence[Worth]) -> str:
     )
 
 
-def _merit(row: Worth) -> tuple[int, float, float]:
+def merit(row: Worth) -> tuple[int, float, float]:
     """The longest horizon first; there the largest speed-up, then the lowest loss."""
     point = row.point
     return point.tokens, least_speedup(row), -point.val_loss
@@ -100,8 +100,8 @@ def is_control(row: Worth, rows: Sequence[Worth]) -> bool:
     return row.point.parameters < largest
 
 
-def _control(best: Worth, rows: Sequence[Worth]) -> str:
-    """The control's end that cost most nearly what `best` did, against it."""
+def control_of(best: Worth, rows: Sequence[Worth]) -> Point:
+    """The control's end that cost most nearly what `best` did."""
     controls = [row.point for row in rows if is_control(row, rows)]
     plain = [point for point in controls if point.arm != NULL_CONTROL]
     own = best.point
@@ -110,7 +110,13 @@ def _control(best: Worth, rows: Sequence[Worth]) -> str:
         ratio = point.paid / own.paid
         return abs(math.log(ratio)), point.val_loss
 
-    near = min(plain or controls, key=distance)
+    return min(plain or controls, key=distance)
+
+
+def _control(best: Worth, rows: Sequence[Worth]) -> str:
+    """A sentence on the control's end against that of `best`."""
+    near = control_of(best, rows)
+    own = best.point
     gap = near.val_loss - own.val_loss
     side = "higher" if gap > 0 else "lower"
     near_teraflop = near.paid / 1e12

@@ -1,19 +1,32 @@
-"""The picture of a study's horizons: decayed ends against scratch's curve, and what each is worth."""
+"""The picture of a study's horizons: decayed ends against scratch's curve, and what each is worth.
+
+A few lines stand out and bear their names: scratch, the control, and the grown arms that are worth most. The
+others are grey; their names and numbers are in the table.
+"""
 
 from __future__ import annotations
 
-import itertools
 import math
+import re
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from outgrow.experiments.figure import GRID, INK
-from outgrow.experiments.horizon_answer import answer, least_speedup, speedup_text
+from outgrow.experiments.horizon_answer import (
+    answer,
+    control_of,
+    is_grown,
+    least_speedup,
+    merit,
+)
 from outgrow.experiments.horizons import Worth
+from outgrow.experiments.labels import Label, write_names
 from outgrow.experiments.runs import SCRATCH
 
 if TYPE_CHECKING:
@@ -22,20 +35,18 @@ if TYPE_CHECKING:
 
 MARKERS = {"adamw": "o", "muon": "s", "adamw_8bit": "^"}
 DASHES = {"adamw": (0, (3, 2))}
-LINE = 14  # points from one label to the next
-ASIDE = 14  # points from an end to its label
+EXCLUDED = {"linestyle": (0, (1, 1.5)), "marker": "D", "markersize": 5}  # without the source's cost
 TITLE_LETTERS = 94  # that the picture is wide enough for
-FEW = 6  # lines whose names stand at their ends
-# of the legend, where the names do not stand at the ends: a name takes so much beside its letters
-WIDTH_INCHES, MOST_COLUMNS, ROW_INCHES = 10, 5, 0.19
-NAME_INCHES, LETTER_INCHES = 0.6, 0.065
-# scratch is black
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8B5A2B", "#6A3D9A", "#999999")
-FILLS = (
-    "full",
-    "none",
-    "top",
-)  # of the markers of the first arms of these colours, the next, and those after
+WIDTH_INCHES, HEIGHT_INCHES = 10, 5.2
+BEFORE, AFTER = 0.1, 0.45  # of the width of what is drawn: the room to its left and right
+FEW = 4  # grown lines that stand out
+STEEP = 3.0  # the largest speed-up by the least, from which on the axis is logarithmic
+SPEEDUPS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10)  # marked on such an axis
+BLACK, GREY = "#000000", "#C4C4C4"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#6A3D9A")
+
+Line = tuple[str, str]  # arm, optimizer
+Style = dict[str, Any]
 
 
 def draw(rows: Sequence[Worth], path: Path) -> None:
@@ -49,22 +60,20 @@ def build(rows: Sequence[Worth]) -> Figure:
     """The figure itself, without any state of pyplot."""
     from matplotlib.figure import Figure
 
-    by_line = _by_line(rows)
-    # the arms' names stand at their ends, as far as there is room for them
-    named_at_ends = len(by_line) <= FEW
-    columns = _columns(by_line)
-    legend_rows = 0 if named_at_ends else math.ceil(len(by_line) / columns)
-    figure = Figure(figsize=(WIDTH_INCHES, 5.0 + ROW_INCHES * legend_rows), layout="constrained")
+    lines = _by_line(rows)
+    outstanding = _outstanding(rows, lines)
+    styles = _styles(lines, outstanding)
+    figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
     losses, speedups = figure.subplots(1, 2)
-    looks = _looks([arm for arm, _ in by_line])
     at_losses: list[Label] = []
     at_speedups: list[Label] = []
-    for (arm, optimizer), line in by_line.items():
-        style = _style(arm, optimizer, looks[arm])
-        label = _plot_losses(losses, line, style)
-        at_losses.append(label)
-        if arm != SCRATCH:
-            at_speedups += _plot_speedups(speedups, line, style)
+    for line, ends in lines.items():
+        name = _name_of(line, outstanding)
+        label = _plot_losses(losses, ends, styles[line], name)
+        labels = [] if line[0] == SCRATCH else _plot_speedups(speedups, ends, styles[line], name)
+        if line in outstanding:
+            at_losses.append(label)
+            at_speedups += labels
     _mark_scratch(speedups)
     _finish(
         losses,
@@ -78,52 +87,149 @@ def build(rows: Sequence[Worth]) -> Figure:
         "S: scratch's FLOPs / own, at equal loss",
         "What each end is worth: above 1 is cheaper",
     )
-    _set_ticks(losses, speedups, rows)
+    _scale_speedups(speedups)
     for axes in (losses, speedups):
-        axes.minorticks_off()
-        axes.margins(x=0.22 if named_at_ends else 0.05, y=0.12)
-    if named_at_ends:
-        _name(losses, at_losses)
-        _name(speedups, at_speedups)
-    else:
-        handles, names = losses.get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+        _leave_room(axes)
+    _legend(figure, lines, outstanding)
     title = _wrapped(answer(rows))
     figure.suptitle(title, fontsize=11.5, fontweight="bold", color=INK, x=0.01, ha="left")
+    at_costs, at_tokens = _places(rows)
+    _set_ticks(losses, at_costs)
+    _set_ticks(speedups, at_tokens)
+    figure.draw_without_rendering()  # only then are the sizes known on which the texts' places depend
+    for axes, places, labels in ((losses, at_costs, at_losses), (speedups, at_tokens, at_speedups)):
+        _thin(axes, places)
+        write_names(axes, labels, passed_over=GREY)
     return figure
 
 
-def _columns(by_line: Iterable[tuple[str, str]]) -> int:
-    """The number of columns that the longest name leaves room for."""
-    letters = max(len(f"{arm}, {optimizer}") for arm, optimizer in by_line)
-    of_name = NAME_INCHES + LETTER_INCHES * letters
-    return min(MOST_COLUMNS, max(1, int(WIDTH_INCHES / of_name)))
+# ---- which lines, and how they look ------------------------------------------------------------------------
 
 
-def _by_line(rows: Sequence[Worth]) -> dict[tuple[str, str], list[Worth]]:
-    """The ends of each line, (arm, optimizer), in the order of their tokens; lines by name."""
-    lines: dict[tuple[str, str], list[Worth]] = defaultdict(list)
+def _by_line(rows: Sequence[Worth]) -> dict[Line, list[Worth]]:
+    """The ends of each line in the order of their tokens; lines by name."""
+    lines: dict[Line, list[Worth]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: row.point.tokens):
-        point = row.point
-        lines[point.arm, point.optimizer].append(row)
+        lines[_line_of(row)].append(row)
     return dict(sorted(lines.items()))
 
 
-def _style(arm: str, optimizer: str, look: tuple[str, str]) -> dict[str, Any]:
-    """How a line is drawn: colour and fill tell the arm, dashes and the markers' shape the optimizer."""
-    colour, fill = look
+def _line_of(row: Worth) -> Line:
+    return row.point.arm, row.point.optimizer
+
+
+def _outstanding(rows: Sequence[Worth], lines: dict[Line, list[Worth]]) -> set[Line]:
+    """The lines that stand out: scratch's, that of the control in the answer, and the grown ones whose last
+    ends are worth most at the longest horizons.
+    """
+    grown = [ends[-1] for ends in lines.values() if is_grown(ends[-1], rows)]
+    grown.sort(key=merit, reverse=True)
+    few = {_line_of(row) for row in grown[:FEW]}
+    scratch = {line for line in lines if line[0] == SCRATCH}
+    if not grown:
+        return set(lines)
+    control = control_of(max(rows, key=lambda row: (is_grown(row, rows), merit(row))), rows)
+    return scratch | few | {(control.arm, control.optimizer)}
+
+
+def _styles(lines: dict[Line, list[Worth]], outstanding: set[Line]) -> dict[Line, Style]:
+    """How each line is drawn: its colour tells the arm, dashes and the markers' shape the optimizer."""
+    arms = dict.fromkeys(arm for arm, _ in lines if arm != SCRATCH)
+    coloured = [arm for arm in arms if any(line[0] == arm for line in outstanding)]
+    colours = dict(zip(coloured, COLOURS, strict=False)) | {SCRATCH: BLACK}
+    return {line: _style(line, colours[line[0]] if line in outstanding else GREY) for line in lines}
+
+
+def _style(line: Line, colour: str) -> Style:
+    arm, optimizer = line
+    is_grey = colour == GREY
     return {
         "color": colour,
-        "fillstyle": fill,
-        "markerfacecoloralt": "white",
-        "label": f"{arm}, {optimizer}",
         "linestyle": DASHES.get(optimizer, "-"),
         "marker": MARKERS.get(optimizer, "o"),
-        "linewidth": 2.6 if arm == SCRATCH else 1.4,
-        "markersize": 7,
-        "markeredgecolor": "white" if fill == "full" else colour,
-        "zorder": 4,
+        "linewidth": 2.6 if arm == SCRATCH else 1.0 if is_grey else 1.6,
+        "markersize": 4 if is_grey else 7,
+        "zorder": 2 if is_grey else 4,
     }
+
+
+# ---- the panels --------------------------------------------------------------------------------------------
+
+
+def _plot_losses(axes: Axes, rows: Sequence[Worth], style: Style, name: str) -> Label:
+    """Draw the ends of one line against what they cost; return its name, for the last of them."""
+    points = [row.point for row in rows]
+    costs = [point.paid / 1e12 for point in points]
+    losses = [point.val_loss for point in points]
+    axes.plot(costs, losses, markeredgecolor="white", **style)
+    # what is cheaper than scratch lies left of its line: the name does too, and leaves the line free
+    is_scratch = points[-1].arm == SCRATCH
+    side = "left" if is_scratch else "right"
+    title = _title(rows[-1], name)
+    return Label(costs[-1], losses[-1], title, style["color"], side)
+
+
+def _plot_speedups(axes: Axes, rows: Sequence[Worth], style: Style, name: str) -> list[Label]:
+    """Draw the speed-ups of one line against tokens a parameter, as far as they are known: dotted without the
+    source's cost too, where it has a source and is not grey. Return the names of the last ends.
+    """
+    names = []
+    if style["color"] != GREY and _has_source(rows):
+        excluded = _plot_values(axes, map(Value.excluded, rows), style | EXCLUDED)
+        names += [_named(excluded[-1], "", style)] if excluded else []
+    included = _plot_values(axes, map(Value.included, rows), style)
+    names += [_named(included[-1], f"{name} ", style)] if included else []
+    return names
+
+
+def _named(value: Value, name: str, style: Style) -> Label:
+    return Label(value.across, value.up, f"{name}{value.up:.2f}", style["color"])
+
+
+@dataclass(frozen=True)
+class Value:
+    """A speed-up, or None, at tokens a parameter, and half of its interval."""
+
+    across: float
+    speedup: float | None
+    half: float | None
+
+    @classmethod
+    def included(cls, row: Worth) -> Value:
+        return cls(row.point.tokens_per_parameter, row.speedup_included, row.interval_included)
+
+    @classmethod
+    def excluded(cls, row: Worth) -> Value:
+        return cls(row.point.tokens_per_parameter, row.speedup_excluded, row.interval_excluded)
+
+    @property
+    def up(self) -> float:
+        return self.speedup or 0.0
+
+
+def _plot_values(axes: Axes, values: Iterable[Value], style: Style) -> list[Value]:
+    """Draw those that are known, filled and with a bar where they have an interval; return them."""
+    known = [value for value in values if value.speedup is not None]
+    across = [value.across for value in known]
+    up = [value.up for value in known]
+    axes.plot(across, up, **style | {"marker": ""})
+    colour = style["color"]
+    for value in known:
+        is_open = value.half is None
+        axes.errorbar(
+            [value.across],
+            [value.up],
+            yerr=None if is_open else [value.half or 0.0],
+            capsize=3,
+            markerfacecolor="white" if is_open else colour,
+            markeredgecolor=colour if is_open else "white",
+            **style | {"linestyle": "-"},
+        )
+    return known
+
+
+def _has_source(rows: Sequence[Worth]) -> bool:
+    return any(row.point.paid > row.point.flops for row in rows)
 
 
 def _mark_scratch(axes: Axes) -> None:
@@ -142,145 +248,11 @@ def _mark_scratch(axes: Axes) -> None:
     )
 
 
-def _set_ticks(losses: Axes, speedups: Axes, rows: Sequence[Worth]) -> None:
-    """Put ticks where ends are: at the costs of scratch's, at the tokens a parameter of the others'."""
-    scratch = [row.point for row in rows if row.point.arm == SCRATCH]
-    costs = {round(point.paid / 1e12, 2) for point in scratch}
-    at_costs = sorted(costs)
-    losses.set_xticks(at_costs, [f"{cost:g}" for cost in at_costs])
-    in_range = [row.point for row in rows if row.speedup_included is not None]
-    others = [point for point in in_range if point.arm != SCRATCH]
-    per_parameter = {round(point.tokens_per_parameter) for point in others}
-    at_tokens = sorted(per_parameter)
-    speedups.set_xticks(at_tokens, list(map(str, at_tokens)))
-
-
-def _wrapped(sentence: str) -> str:
-    """Wrap a sentence to the picture's width, in lines of about the same length."""
-    lines = math.ceil(len(sentence) / TITLE_LETTERS)
-    even = len(sentence) // lines + 12
-    letters = min(TITLE_LETTERS, even)
-    return "\n".join(textwrap.wrap(sentence, letters))
-
-
-@dataclass(frozen=True)
-class Label:
-    """A text beside a point of the data."""
-
-    across: float
-    up: float
-    text: str
-    colour: str
-    aligned: str = "left"  # at its left end, which is then beside the point
-
-
-def _looks(arms: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a fill of the markers for each arm; scratch is black. When COLOURS are used up, they come
-    again with the next of FILLS.
-    """
-    pairs = itertools.product(FILLS, COLOURS)
-    spare = itertools.cycle(pairs)
-    looks = {SCRATCH: ("#000000", "full")}
-    for arm in arms:
-        if arm not in looks:
-            fill, colour = next(spare)
-            looks[arm] = (colour, fill)
-    return looks
-
-
-def _plot_losses(axes: Axes, rows: Sequence[Worth], style: dict[str, Any]) -> Label:
-    """Draw the ends of one line against what they cost; return its name, for the last of them."""
-    points = [row.point for row in rows]
-    costs = [point.paid / 1e12 for point in points]
-    losses = [point.val_loss for point in points]
-    axes.plot(costs, losses, **style)
-    # what is cheaper than scratch lies left of its line: the name does too, and leaves the line free
-    is_scratch = points[-1].arm == SCRATCH
-    side = "left" if is_scratch else "right"
-    title = _title(rows[-1])
-    return Label(costs[-1], losses[-1], title, style["color"], side)
-
-
-def _plot_speedups(axes: Axes, rows: Sequence[Worth], style: dict[str, Any]) -> list[Label]:
-    """Draw the speed-ups of one line against tokens a parameter, as far as they are known; return its name,
-    for the last of them.
-    """
-    known = [row for row in rows if row.speedup_included is not None]
-    across = [row.point.tokens_per_parameter for row in known]
-    up = [row.speedup_included or 0.0 for row in known]
-    bars = [row.interval_included or 0.0 for row in known]
-    axes.errorbar(across, up, yerr=bars, capsize=3, **style)
-    if not known:
-        return []
-    arm = known[-1].point.arm
-    label = Label(across[-1], up[-1], arm, style["color"])
-    return [label]
-
-
-def _title(row: Worth) -> str:
-    """An arm's name, and what its end is worth at least, where that is known."""
-    arm = row.point.arm
-    if arm == SCRATCH or not least_speedup(row):
-        return arm
-    sign = "" if row.speedup_included is None else "= "
-    speedup = speedup_text(row.speedup_included, row.bound_included)
-    return f"{arm}, S {sign}{speedup}"
-
-
-def _name(axes: Axes, labels: Sequence[Label]) -> None:
-    """Write each text beside its point, those above one another LINE points apart, none below the axes; from
-    each a thin line leads to its point, which may be hidden under others.
-    """
-    axes.autoscale_view()
-    bottom, top = axes.get_ylim()
-    inches = axes.bbox.height / axes.figure.dpi
-    points_a_unit = inches * 72 / (top - bottom)
-    ordered = sorted(labels, key=lambda label: -label.up)
-    levels = [(label.up - bottom) * points_a_unit for label in ordered]
-    for label, level, height in zip(ordered, levels, _apart(levels), strict=True):
-        is_right = label.aligned == "left"
-        aside = ASIDE if is_right else -ASIDE
-        axes.annotate(
-            label.text,
-            (label.across, label.up),
-            xytext=(aside, height - level),
-            textcoords="offset points",
-            ha=label.aligned,
-            va="center",
-            fontsize=9,
-            color=label.colour,
-            fontweight="bold",
-            zorder=5,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.8},
-            arrowprops={
-                "arrowstyle": "-",
-                "color": label.colour,
-                "linewidth": 1.0,
-                "shrinkA": 0,
-                "shrinkB": 0,
-                "relpos": (0 if is_right else 1, 0.5),
-            },
-        )
-
-
-def _apart(levels: Sequence[float]) -> list[float]:
-    """Heights LINE points apart or more, near falling `levels` over the bottom, below which none stands."""
-    heights: list[float] = []
-    below = math.inf
-    for level in levels:
-        below = min(level, below - LINE)
-        heights.append(below)
-    above = LINE / 2
-    for place in reversed(range(len(heights))):
-        heights[place] = max(heights[place], above)
-        above = heights[place] + LINE
-    return heights
-
-
 def _finish(axes: Axes, across: str, up: str, title: str) -> None:
     limits = axes.dataLim
     if 0 < limits.x0 < limits.x1:
         axes.set_xscale("log")
+    axes.minorticks_off()
     axes.set_xlabel(across, color=INK)
     axes.set_ylabel(up, color=INK)
     axes.set_title(title, fontsize=10.5, color=INK, loc="left")
@@ -288,3 +260,123 @@ def _finish(axes: Axes, across: str, up: str, title: str) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _scale_speedups(axes: Axes) -> None:
+    """Make the axis of speed-ups logarithmic where they differ by much: twice and half are as far from 1."""
+    limits = axes.dataLim
+    if limits.y0 > 0 and limits.y1 / limits.y0 > STEEP:
+        axes.set_yscale("log")
+        axes.set_yticks(SPEEDUPS, [f"{value:g}" for value in SPEEDUPS])
+        axes.minorticks_off()
+
+
+def _leave_room(axes: Axes) -> None:
+    """Widen the axes beyond what is drawn, most of all to the right, where names stand."""
+    axes.margins(y=0.12)
+    scale = axes.get_xscale()
+    ends = axes.dataLim.intervalx
+    first, last = np.log(ends) if scale == "log" else ends
+    width = last - first
+    if not 0 < width < math.inf:
+        return  # one place, or none
+    wider = np.array([first - BEFORE * width, last + AFTER * width])
+    axes.set_xlim(*(np.exp(wider) if scale == "log" else wider))
+
+
+# ---- the texts ---------------------------------------------------------------------------------------------
+
+
+def _legend(figure: Figure, lines: dict[Line, list[Worth]], outstanding: set[Line]) -> None:
+    """Explain what is drawn in more than one way: optimizers, the source's cost, open markers, grey lines."""
+    from matplotlib.lines import Line2D
+
+    keys: dict[str, Style] = {}
+    optimizers = dict.fromkeys(optimizer for _, optimizer in lines)
+    for optimizer in optimizers if len(optimizers) > 1 else ():
+        keys[optimizer] = _style(("", optimizer), INK)
+    shown = {line: ends for line, ends in lines.items() if line[0] != SCRATCH}
+    if any(_has_source(shown[line]) for line in outstanding & shown.keys()):
+        keys["dotted: the source was there, its training is not counted"] = {"color": INK} | EXCLUDED
+    worth = [row for ends in shown.values() for row in ends if row.speedup_included is not None]
+    without = {len(row.seeds) > 1 for row in worth if row.interval_included is None}
+    reasons = {False: "one seed", True: "a seed's end lies outside of its scratch's curve"}
+    if without:
+        why = " or ".join(reasons[several] for several in sorted(without))
+        keys[f"open: no interval ({why})"] = {
+            "color": INK,
+            "linestyle": "",
+            "marker": "s",
+            "markerfacecolor": "white",
+        }
+    grey = len(lines) - len(outstanding)
+    if grey:
+        keys[f"{grey} more in the table"] = {"color": GREY, "marker": "s", "markersize": 4}
+    if keys:
+        handles = [Line2D([], [], **style) for style in keys.values()]
+        figure.legend(
+            handles, list(keys), loc="outside lower center", ncols=len(keys), fontsize=8, frameon=False
+        )
+
+
+def _wrapped(sentence: str) -> str:
+    """Wrap a sentence to the picture's width, in lines of about the same length; what belongs to a number
+    stays beside it.
+    """
+    held = re.sub(r"S ([=<>]) ", "S\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", sentence)
+    held = re.sub(r"(\d) (TFLOP|nats|±)", "\\1\N{NO-BREAK SPACE}\\2", held)
+    lines = math.ceil(len(held) / TITLE_LETTERS)
+    even = len(held) // lines + 12
+    letters = min(TITLE_LETTERS, even)
+    return "\n".join(textwrap.wrap(held, letters))
+
+
+def _name_of(line: Line, outstanding: set[Line]) -> str:
+    """A line's name: its arm, and its optimizer where the arm stands out with another one too."""
+    arm, optimizer = line
+    several = sum(other == arm for other, _ in outstanding) > 1
+    return f"{arm}, {optimizer}" if several else arm
+
+
+def _title(row: Worth, name: str) -> str:
+    """A line's name, and what its end is worth at least, where that is all the other panel could show."""
+    if row.speedup_included is not None or not least_speedup(row):
+        return name
+    return f"{name}, S {row.bound_included}"
+
+
+Places = Counter[float]  # where ticks stand, and how many ends of grown arms or scratch stand there
+
+
+def _places(rows: Sequence[Worth]) -> tuple[Places, Places]:
+    """Where ends are: the costs of scratch's, the tokens a parameter of the others'."""
+    costs: Places = Counter()
+    tokens: Places = Counter()
+    for row in rows:
+        point = row.point
+        if point.arm == SCRATCH:
+            costs[round(point.paid / 1e12, 2)] += 1
+        elif row.speedup_included is not None:
+            tokens[round(point.tokens_per_parameter)] += is_grown(row, rows)
+    return costs, tokens
+
+
+def _set_ticks(axes: Axes, places: Places) -> None:
+    across = sorted(places)
+    axes.set_xticks(across, [f"{place:g}" for place in across])
+
+
+def _thin(axes: Axes, places: Places) -> None:
+    """Take the numbers of ticks away that touch others: of two, the one that stands for more ends stays, else
+    the one to the right.
+    """
+    across = sorted(places)
+    boxes = {
+        label: tick.get_window_extent() for label, tick in zip(across, axes.get_xticklabels(), strict=True)
+    }
+    kept: list[float] = []
+    for place in sorted(across, key=lambda place: (-places[place], -place)):
+        own = boxes[place].padded(2)
+        if not any(own.overlaps(boxes[other].padded(2)) for other in kept):
+            kept.append(place)
+    axes.set_xticks(across, [f"{place:g}" if place in kept else "" for place in across])

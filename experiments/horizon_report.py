@@ -168,6 +168,9 @@ def cells(worth: Worth) -> list[str]:
     point = worth.point
     is_scratch = point.arm == SCRATCH  # whose interval against itself says nothing
     star = "*" if point.at_edge else ""
+    excluded = speedup_text(worth.speedup_excluded, worth.bound_excluded)
+    if worth.interval_excluded is not None and not is_scratch:
+        excluded += f" ± {worth.interval_excluded:.2f}"
     included = speedup_text(worth.speedup_included, worth.bound_included)
     if worth.interval_included is not None and not is_scratch:
         included += f" ± {worth.interval_included:.2f}"
@@ -183,7 +186,7 @@ def cells(worth: Worth) -> list[str]:
         seed_numbers(point),
         f"{point.paid / 1e12:.2f}",
         f"{point.val_loss:.4f}",
-        speedup_text(worth.speedup_excluded, worth.bound_excluded),
+        excluded,
         included,
         difference,
     ]

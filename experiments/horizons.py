@@ -233,6 +233,7 @@ class SeedWorth:
 
     seed: int
     val_loss: float
+    speedup_excluded: float | None
     speedup: float | None
     difference: float | None
 
@@ -248,6 +249,7 @@ class Worth:
     speedup_included: float | None
     bound_excluded: Bound | None  # of a speed-up that is None
     bound_included: Bound | None
+    interval_excluded: float | None
     interval_included: float | None
     difference: float | None  # loss − scratch's at equal FLOPs, source included; nats, negative is better
     difference_interval: float | None
@@ -279,6 +281,7 @@ def _worth(point: Point, scratch: Sequence[Point]) -> Worth:
         speedup_included=curve.speedup(loss, point.paid),
         bound_excluded=curve.bound_of(loss, point.flops),
         bound_included=curve.bound_of(loss, point.paid),
+        interval_excluded=_interval(seed.speedup_excluded for seed in seeds),
         interval_included=_interval(seed.speedup for seed in seeds),
         difference=curve.difference(loss, point.paid),
         difference_interval=_interval(seed.difference for seed in seeds),
@@ -291,10 +294,11 @@ def _seed_worth(end: End, points: Sequence[Point]) -> SeedWorth:
     loss = end.val_loss
     curve = curve_of_seed(points, end.seed)
     if curve is None:
-        return SeedWorth(end.seed, loss, None, None)
-    speedup = curve.speedup(loss, end.paid)
+        return SeedWorth(end.seed, loss, None, None, None)
+    excluded = curve.speedup(loss, end.flops)
+    included = curve.speedup(loss, end.paid)
     difference = curve.difference(loss, end.paid)
-    return SeedWorth(end.seed, loss, speedup, difference)
+    return SeedWorth(end.seed, loss, excluded, included, difference)
 
 
 def _interval(values: Iterable[float | None]) -> float | None:

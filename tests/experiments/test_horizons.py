@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import wandb
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from helpers.runs import fabricate
 from outgrow.experiments.__main__ import main
 from outgrow.experiments.ends import RECORD, End, read_ends, write_ends
 from outgrow.experiments.horizon_answer import answer
-from outgrow.experiments.horizon_picture import build
+from outgrow.experiments.horizon_picture import COLOURS, GREY, build
 from outgrow.experiments.horizon_report import markdown, read_inputs, table, write
 from outgrow.experiments.horizons import BaselineCurve, baseline, best_points, worths
 from outgrow.experiments.study_file import HERE
@@ -84,7 +86,7 @@ def test_the_interval_pairs_each_seed_with_scratchs_own() -> None:
     alike = [end("grown", 2e12, 2.5 + shift, seed=seed) for seed, shift in shifts.items()]
     worth = next(w for w in worths([CONTROL, *scratch, *alike]) if w.point.arm == "grown")
     assert [seed.speedup for seed in worth.seeds] == pytest.approx([2, 2, 2])
-    assert worth.interval_included == pytest.approx(0, abs=1e-12)
+    assert worth.interval_included == worth.interval_excluded == pytest.approx(0, abs=1e-12)
     assert worth.difference_interval == pytest.approx(0, abs=1e-12)
     spread = [end("grown", 2e12, loss, seed=seed) for seed, loss in enumerate((2.5, 2.65, 2.68))]
     worth = next(w for w in worths([CONTROL, *scratch, *spread]) if w.point.arm == "grown")
@@ -231,9 +233,10 @@ def test_the_control_stands_in_the_headline_and_is_no_grown_arm(loss: float, wor
 def test_the_picture_names_each_arm_at_its_end(tmp_path: Path) -> None:
     figure = build(worths([CONTROL, *SCRATCH_ENDS, end("grown", 2e12, 2.5)]))
     losses, speedups = figure.axes
-    assert {text.get_text() for text in losses.texts} == {"grown, S = 2.00", "scratch", "small"}
-    assert {text.get_text() for text in speedups.texts} == {"grown", "scratch"}
-    assert not figure.legends
+    assert {text.get_text() for text in losses.texts} == {"grown", "scratch", "small"}
+    assert {text.get_text() for text in speedups.texts} == {"grown 2.00", "scratch"}
+    beyond = build(worths([CONTROL, *SCRATCH_ENDS, end("grown", 20e12, 2.0)]))
+    assert "grown, S > 0.80" in {text.get_text() for text in beyond.axes[0].texts}
     near = [end(name, 2e12, loss) for name, loss in (("one", 2.5), ("other", 2.501))]
     drawn = build(worths([CONTROL, *SCRATCH_ENDS, *near]))
     drawn.draw_without_rendering()
@@ -247,9 +250,59 @@ def test_the_picture_names_each_arm_at_its_end(tmp_path: Path) -> None:
             min(np.hypot(*(point - drawn.axes[0].transData.transform(name.xy))) for point in (begin, last))
             < 1
         )
+
+
+def legend_of(figure: Figure) -> list[str]:
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_few_lines_stand_out_and_the_others_are_grey() -> None:
     many = [end(f"arm{number}", 2e12, 2.5 + number / 100) for number in range(7)]
-    (legend,) = build(worths([CONTROL, *SCRATCH_ENDS, *many])).legends
-    assert len(legend.get_texts()) == 9
+    figure = build(worths([CONTROL, *SCRATCH_ENDS, *many]))
+    named = {text.get_text() for text in figure.axes[0].texts}
+    assert named == {"arm0", "arm1", "arm2", "arm3", "scratch", "small"}
+    colours = [line.get_color() for line in figure.axes[0].get_lines()]
+    assert colours.count(GREY) == 3
+    assert len(set(colours)) == 7
+    assert legend_of(figure) == ["open: no interval (one seed)", "3 more in the table"]
+
+
+def test_numbers_of_ticks_do_not_touch() -> None:
+    """At 5.51 and 6.43 TFLOP they would; that of the more expensive end stays."""
+    scratch = [end("scratch", flops, loss) for flops, loss in ((1e12, 3.0), (5.51e12, 2.5), (6.43e12, 2.4))]
+    figure = build(worths([CONTROL, *scratch, end("grown", 2e12, 2.6)]))
+    ticks = figure.axes[0].get_xticklabels()
+    assert [tick.get_text() for tick in ticks] == ["1", "", "6.43"]
+
+
+def markers(axes: Axes, colour: str, shape: str) -> dict[float, Any]:
+    """The faces of one arm's markers by the speed-ups that they stand at."""
+    points = [line for line in axes.get_lines() if line.get_marker() == shape and line.get_color() == colour]
+    return {round(float(line.get_ydata()[0]), 2): line.get_markerfacecolor() for line in points}  # type: ignore[index]
+
+
+def test_an_end_without_an_interval_is_open_and_the_legend_says_why() -> None:
+    ends = [CONTROL]
+    for seed, last in enumerate((2.1, 2.3, 2.3)):
+        for flops, loss in ((1e12, 3.0), (4e12, 2.5), (16e12, last)):
+            ends.append(end("scratch", flops, loss, seed=seed, name=f"s{seed}"))
+        for flops, loss in ((2e12, 2.6), (12e12, 2.24)):  # the second lies below two of scratch's ends
+            ends.append(end("grown", flops, loss, seed=seed, name=f"g{seed}"))
+    figure = build(worths(ends))
+    assert legend_of(figure) == ["open: no interval (a seed's end lies outside of its scratch's curve)"]
+    speedups = figure.axes[1]
+    assert markers(speedups, COLOURS[0], "o") == {1.52: COLOURS[0], 1.29: "white"}
+    assert len(speedups.collections) == 1  # one bar
+
+
+def test_an_arm_with_a_source_is_drawn_without_its_cost_too() -> None:
+    grown = end("grown", 1.5e12, 2.5, source_flops=0.5e12)
+    figure = build(worths([CONTROL, *SCRATCH_ENDS, grown]))
+    assert "dotted: the source was there, its training is not counted" in legend_of(figure)
+    assert markers(figure.axes[1], COLOURS[0], "o") == {2.0: "white"}
+    assert markers(figure.axes[1], COLOURS[0], "D") == {2.67: "white"}
+    assert {"grown 2.00", "2.67"} <= {text.get_text() for text in figure.axes[1].texts}
 
 
 def test_names_near_the_bottom_of_the_picture_stay_inside_of_it() -> None:
