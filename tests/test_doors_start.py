@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = """import os, signal, time
 os.kill(os.getpid(), signal.SIGINT)
 time.sleep(60)
+"""
+OUTGROW = """import sys
+from outgrow.experiments.command import main
+sys.argv[0] = "outgrow"
+sys.argv.insert(1, "train")
+main()
 """
 
 
@@ -43,6 +50,29 @@ def test_ctrl_c_while_a_door_imports_leaves_no_traceback(tmp_path: Path, door: s
     )
     assert "Traceback" not in done.stderr
     assert done.returncode in (-signal.SIGINT, 130)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "command", [["-m", "outgrow.train"], ["-c", OUTGROW]], ids=["train", "outgrow train"]
+)
+def test_a_queues_signal_while_a_door_imports_asks_for_the_same_command_again(
+    tmp_path: Path, command: list[str], number: signal.Signals
+) -> None:
+    (tmp_path / "hydra.py").write_text(INTERRUPTED.replace("SIGINT", number.name))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    how: Any = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run([sys.executable, *command, "experiment=tiny_source"], **how)
+    assert (done.returncode, done.stderr) == (os.EX_TEMPFAIL, "")
+
+
+def test_signals_mean_what_they_did_once_a_door_has_started() -> None:
+    code = "import signal, sys; sys.argv = ['-m']; signal.signal(signal.SIGUSR2, signal.SIG_IGN); "
+    code += "from outgrow.model.base.interrupt import starting, started; starting(); started(); "
+    code += "print([signal.getsignal(n).name for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "['SIG_DFL', 'SIG_DFL', 'SIG_IGN']\n"
 
 
 def test_a_shell_that_has_switched_ctrl_c_off_keeps_it_off() -> None:

@@ -29,13 +29,14 @@ passed: set[int] = set()  # signals that have come
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run torchrun on `arguments`; the status of the first process that failed, 0 where none did."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
     options = list(sys.argv[1:] if arguments is None else arguments)
     for number in PASSED_ON:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell's background has Ctrl-C
             signal.signal(number, pass_on)
+    # which takes a second or two: a signal may come meanwhile
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
     try:
         torchrun(["--signals-to-handle", "SIGHUP,SIGQUIT", *options])
     except ChildFailedError as error:

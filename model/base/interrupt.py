@@ -1,9 +1,10 @@
-"""Ctrl-C in a program's first moments, while it imports its libraries: it ends as ever, without a traceback
-of theirs. And SIGTERM, which may end a program as Ctrl-C does.
+"""Ctrl-C and SIGTERM in a program's first moments, while it imports its libraries: it ends as ever, without a
+traceback of theirs. And SIGTERM later on, which may end a program as Ctrl-C does.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -13,23 +14,34 @@ from io import TextIOWrapper
 from types import FrameType
 from typing import NoReturn
 
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # by which queues stop what may go on later
+
 
 def starting(asked: bool = False) -> None:
-    """Let Ctrl-C end the process in silence until `started`; called first by packages that are run as `python
-    -m`, and idle elsewhere.
+    """Let Ctrl-C end the process in silence until `started`, and STOPS with the status that asks for the same
+    command again; called first by packages that are run as `python -m`, and idle elsewhere.
 
     Args:
         asked: the process is ours whatever it was started as: the console command.
     """
     module = sys.argv[:1] == ["-m"]  # as Python has it while it looks for the module that it was asked to run
+    if not (asked or module):
+        return
     # a shell may have switched Ctrl-C off
-    is_pythons = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if is_pythons and (asked or module):
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in STOPS:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    os._exit(os.EX_TEMPFAIL)
 
 
 def started() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again, which the program's door tells in its own words.
+    """Let Ctrl-C raise KeyboardInterrupt again, which the program's door tells in its own words, and STOPS
+    mean what they did.
 
     What a terminal's or log's encoding has no sign for (→ in ASCII, a file's name that is no text) is printed
     as its number from here on: no door fails by what it says.
@@ -39,6 +51,9 @@ def started() -> None:
             stream.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in STOPS:
+        if signal.getsignal(number) is _end:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class Terminated(KeyboardInterrupt):

@@ -18,11 +18,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 HEARTBEAT_SECONDS, STALE_SECONDS, POLL_SECONDS = 5.0, 60.0, 0.01
 NAME_CHARACTERS = 150  # of what is locked, in the name of a claim
@@ -70,6 +71,10 @@ class Lock:
         while not self.take():
             time.sleep(poll_seconds)
 
+    def holder(self) -> str:
+        """Say who holds the lock, and until when it counts, where a file tells it; "" elsewhere."""
+        return "" if self._claim is None else self._claim.holder()
+
     def close(self) -> None:
         """Give up the lock; a second time does nothing."""
         if self._claim is not None:
@@ -98,11 +103,26 @@ def _tell(folder: Path, fault: OSError) -> None:
 
 @dataclass(frozen=True)
 class _Other:
-    """Another's claim: its number, whether it holds the lock already, and whether it shares it."""
+    """Another's claim: its number, whether it holds the lock already, whether it shares it, and whose it is.
+
+    Attributes:
+        owner: its host and pid, as far as the file tells them.
+        age: seconds since its last sign of life.
+    """
 
     number: str
     held: bool
     shared: bool
+    owner: Mapping[str, Any]
+    age: float
+
+    def __str__(self) -> str:
+        pid = self.owner.get("pid", "?")
+        host = self.owner.get("host", "an unknown host")
+        return (
+            f"process {pid} on {host}, whose last sign of life is {self.age:.0f} s old (after "
+            f"{STALE_SECONDS:.0f} s without one it counts as ended)"
+        )
 
 
 class _Claim:
@@ -120,13 +140,15 @@ class _Claim:
         self._file = self._folder / name
         self._ended = threading.Event()
         self._ended.set()
+        self._against: list[_Other] = []
 
     def take(self, shared: bool) -> bool:
         """Put the claim down, and hold it where no other stands against it."""
         self._write("want", shared)
         while True:
             against = [other for other in self._others() if not (shared and other.shared)]
-            if any(other.held or other.number < self._number for other in against):
+            self._against = [other for other in against if other.held or other.number < self._number]
+            if self._against:
                 self.withdraw()
                 return False
             if not against:
@@ -134,6 +156,10 @@ class _Claim:
                 return True
             # until those with a higher number have seen this one, or hold the lock already
             time.sleep(POLL_SECONDS)
+
+    def holder(self) -> str:
+        """The claims for which this one was withdrawn, in words."""
+        return "; ".join(map(str, self._against))
 
     def withdraw(self) -> None:
         self._ended.set()
@@ -174,7 +200,7 @@ class _Claim:
                     state = lines[-1].split() if is_written else ["want", "alone"]
                     number = path.name.removeprefix(self._prefix)
                     is_held = state[0] == "held"
-                    yield _Other(number, held=is_held, shared=state[-1] == "shared")
+                    yield _Other(number, is_held, state[-1] == "shared", _owner(lines), age)
 
 
 def _is_left_over(age: float, lines: list[str]) -> bool:
@@ -185,9 +211,18 @@ def _is_left_over(age: float, lines: list[str]) -> bool:
         return True
     if len(lines) < 2:
         return False
-    owner = json.loads(lines[0])
+    owner = _owner(lines)
     is_ours = owner.get("host") == socket.gethostname()
     return is_ours and not _runs(owner["pid"])
+
+
+def _owner(lines: list[str]) -> Mapping[str, Any]:
+    """The host and pid in a claim's first line; nothing where that is not written yet, or damaged."""
+    try:
+        owner = json.loads(lines[0])
+        return {"host": str(owner["host"]), "pid": int(owner["pid"])}
+    except (IndexError, ValueError, TypeError, KeyError):
+        return {}
 
 
 def _runs(pid: int) -> bool:

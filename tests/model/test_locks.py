@@ -19,6 +19,7 @@ import pytest
 from outgrow.model.base import locks
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.locks import Lock
+from outgrow.train.run.folder import locked
 
 LACKING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ENOLCK, errno.EINVAL)
 
@@ -126,6 +127,37 @@ def test_a_claim_of_another_host_counts_as_long_as_its_heart_beats(
     os.utime(claim, (time.time() - age,) * 2)
     with Lock(tmp_path / "file") as lock:
         assert lock.take() is free
+
+
+def test_a_claim_is_told_with_its_process_and_when_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lacking(errno.ENOLCK))
+    (tmp_path / "run").mkdir()
+    claim = tmp_path / ".run.lock-0123456789abcdef"
+    claim.write_text('{"host": "node7", "pid": 4711}\nheld alone\n')
+    os.utime(claim, (time.time() - 30,) * 2)
+    told = (
+        r"run: another process is training this run right now: process 4711 on node7, whose last sign of "
+        r"life is (29|30|31) s old \(after 60 s without one it counts as ended\)"
+    )
+    with pytest.raises(UserError, match=told), locked(tmp_path / "run", holds=True):
+        pass
+
+
+@pytest.mark.parametrize("owner", ["", "{", "[]", "{}", '{"host": "here"}', '{"host": 1, "pid": "x"}'])
+def test_a_damaged_claim_counts_until_it_is_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lacking(errno.ENOLCK))
+    (tmp_path / "file").touch()
+    claim = tmp_path / ".file.lock-0123456789abcdef"
+    claim.write_text(f"{owner}\nheld alone\n")
+    with Lock(tmp_path / "file") as lock:
+        assert not lock.take()
+        assert "process ? on an unknown host" in lock.holder()
+        os.utime(claim, (0, 0))
+        assert lock.take()
 
 
 def test_a_claim_is_touched_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,8 +282,11 @@ def locked(folder: Path, holds: bool) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder.resolve())  # a link to another disk is one folder with what it names
     with lock:
-        if not lock.take():
-            raise UserError(f"{folder}: another process is training this run right now")
+        with telling_disk_faults(folder):
+            is_ours = lock.take()
+        if not is_ours:
+            who = ": ".join(("", *filter(None, [lock.holder()])))
+            raise UserError(f"{folder}: another process is training this run right now{who}")
         try:
             yield
         finally:
