@@ -37,6 +37,7 @@ from outgrow.train.keeping import (
     stopping,
     summarise,
 )
+from outgrow.train.machine.agreement import shared
 from outgrow.train.machine.device import device_name, peak_flops, session, signs
 from outgrow.train.machine.distribute import whole_weights
 from outgrow.train.machine.watch import watching
@@ -119,7 +120,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
     elif further := run_folder.shorter_run(settings):
         console.say(further)
 
-    group = session(loop.precision, settings.sharding, loop.hang_seconds)
+    group = session(loop.precision, settings.sharding, loop.hang_seconds, shared(settings))
     with group as accelerator, run_folder.locked(folder, accelerator.is_main_process):
         # ---- 2. Who trains: every process, and the main one writes -----------------------------------------
         main = accelerator.is_main_process

@@ -10,7 +10,9 @@ import re
 import resource
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ from helpers.toy import (
 from outgrow.model.base.errors import UserError
 from outgrow.train import loop
 from outgrow.train.compose import compose
+from outgrow.train.machine.agreement import check_agreement, shared
 from outgrow.train.run import state
 from outgrow.train.run.signals import REQUEUE
 from outgrow.train.settings import Settings
@@ -222,6 +225,66 @@ def test_what_is_not_finite_stops_all_processes_with_the_last_good_state_saved(
         for shard in saved.glob("*.safetensors")
         for tensor in load_file(shard).values()
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ({"budget_tokens": 640}, "train.budget_tokens=640, not 768"),
+        (
+            {"context": 8, "save_every_tokens": 128},
+            "train.context=8, not 16; train.save_every_tokens=128, not",
+        ),
+    ],
+)
+def test_processes_with_other_settings_all_end_with_what_differs(
+    settings: Settings, tmp_path: Path, own: dict[str, int], told: str
+) -> None:
+    port = free_port()
+    runs = [at(settings, tmp_path / "run"), at(settings, tmp_path / "run", **own)]
+    both = [begun(run, process=i, processes=2, port=port) for i, run in enumerate(runs)]
+    for one in both:
+        one.join(600)
+    assert [one.exitcode for one in both] == [2, 2]
+    words = Path(f"{runs[0].out}.error").read_text()
+    assert words.startswith(f"process 1 was started with other settings than process 0: {told}")
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_processes_agree_whatever_each_has_of_its_own(settings: Settings) -> None:
+    """Two threads stand for two processes."""
+    store = torch.distributed.HashStore()
+    elsewhere = dataclasses.replace(settings.data, folder="/scratch/tokens", path="/scratch/text")
+    quiet = dataclasses.replace(settings, data=elsewhere, out="/scratch/run", progress=False)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [(settings, 0), (quiet, 1)]
+        told = [pool.submit(check_agreement, shared(given), store, process, 2) for given, process in asked]
+        assert [one.result() for one in told] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda given: dataclasses.replace(given, seed=5), "seed=5, not 0"),
+        (
+            lambda given: dataclasses.replace(
+                given, optimizer=dataclasses.replace(given.optimizer, learning_rate=0.1)
+            ),
+            "optimizer.learning_rate=0.1, not 0.003",
+        ),
+    ],
+)
+def test_settings_that_would_train_something_else_on_one_process_are_told_on_both(
+    settings: Settings, change: Any, told: str
+) -> None:
+    store = torch.distributed.HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        asked = [(settings, 0), (change(settings), 1)]
+        both = [pool.submit(check_agreement, shared(given), store, process, 2) for given, process in asked]
+        for one in both:
+            with pytest.raises(UserError, match=f"process 1 .* than process 0: {told}; start every"):
+                one.result()
 
 
 @pytest.mark.slow

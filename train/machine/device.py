@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.machine import processor
+from outgrow.train.machine.agreement import check_agreement
 from outgrow.train.machine.distribute import open_accelerator
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def session(
     precision: str,
     sharding: ShardingSettings | None = None,
     hang_seconds: float | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> Iterator[Accelerator]:
     """An `Accelerator` for one run.
 
@@ -101,9 +103,11 @@ def session(
     Args:
         hang_seconds: after which train/watch.py ends a run whose processes wait for one another; the
             library's own limit comes later.
+        given: settings that all processes must have in common.
 
     Raises:
-        UserError: bf16 was asked for on a GPU that lacks it, or FSDP from Accelerate's launcher.
+        UserError: bf16 was asked for on a GPU that lacks it, or FSDP from Accelerate's launcher, or a process
+            was given other settings.
     """
     forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
     cpu = forced or not torch.accelerator.is_available()
@@ -124,6 +128,8 @@ def session(
         # what autocast leaves in float32, the fused loss, is multiplied in TF32
         torch.set_float32_matmul_precision("high")
     try:
+        if given is not None:
+            check_agreement(given, signs(), accelerator.process_index, accelerator.num_processes)
         yield accelerator
         accelerator.end_training()
     finally:
