@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -21,7 +22,8 @@ from outgrow.model.base.errors import UserError
 from outgrow.train import __main__ as door
 from outgrow.train.machine.watch import HUNG, Sign, Watch, blame, standing, watching
 from outgrow.train.run import state
-from outgrow.train.run.signals import REQUEUE, overruled
+from outgrow.train.run.folder import locked
+from outgrow.train.run.signals import REQUEUE, overruled, watched
 from outgrow.train.step import drawn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,6 +188,49 @@ def test_a_run_under_the_launcher_ends_with_the_status_it_has_alone(
     assert process.returncode == status, words
     assert "SignalException" not in words
     assert fault or len(state.complete(out / "checkpoints")) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["outgrow.train.launch", "torch.distributed.run"])
+def test_processes_whose_launcher_is_killed_save_and_end(
+    overrides: list[str], tmp_path: Path, module: str
+) -> None:
+    """They would train on, with nobody to stop them, and keep the run's folder locked."""
+    out = tmp_path / "run"
+    more = ["train.budget_tokens=25600000", "train.save_every_tokens=null", f"out={out}"]
+    launcher = [sys.executable, "-m", module, "--nproc_per_node", "2", f"--master-port={free_port()}"]
+    command = [*launcher, "-m", "outgrow.train", *overrides, *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "words").open("w") as words:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=words, env=environment)
+        until_it_trains(out, process)
+        ranks = psutil.Process(process.pid).children()
+        process.kill()
+        process.wait()
+    _, running = psutil.wait_procs(ranks, timeout=60)
+    for rank in running:
+        rank.kill()
+    assert (len(ranks), running) == (2, [])
+    assert len(state.complete(out / "checkpoints")) == 1
+    told = (tmp_path / "words").read_text()
+    assert "stopped by the end of its launcher after step" in told
+    assert "Traceback" not in told
+    with locked(out, holds=True):
+        pass
+
+
+@pytest.mark.parametrize(("launched", "told"), [(True, "the end of its launcher"), (False, None)])
+def test_the_end_of_a_parent_stops_what_a_launcher_started_alone(
+    monkeypatch: pytest.MonkeyPatch, launched: bool, told: str | None
+) -> None:
+    """What a shell started goes on after the shell."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with watched() as asked:
+        assert asked() is None
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert asked() == told
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, REQUEUE), (signal.SIGINT, 130)], ids=str)

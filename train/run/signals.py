@@ -22,6 +22,7 @@ from accelerate import Accelerator
 
 REQUEUE = 75  # sysexits.h calls it EX_TEMPFAIL: "invited to reattempt the operation later"
 INTERRUPTED = 128 + signal.SIGINT
+LAUNCHED = "TORCHELASTIC_RUN_ID"  # the variable that torchrun gives its processes
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
@@ -57,9 +58,17 @@ class Stopped(Exception):
 def watched() -> Iterator[Callable[[], str | None]]:
     """Note SIGNALS during the block; yields a function that names the first one that came, or None.
 
-    Python lets only a process's main thread take signals; on another thread nothing is watched.
+    The end of the launcher that started this process counts as one: nobody would stop it any more, or end it
+    with the others. Python lets only a process's main thread take signals; on another thread none is watched.
     """
     came: list[str] = []
+    launched = LAUNCHED in os.environ
+    launcher = os.getppid()
+
+    def asked() -> str | None:
+        if launched and not came and os.getppid() != launcher:
+            came.append("the end of its launcher")
+        return came[0] if came else None
 
     def note(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and signal.SIGINT.name in came:
@@ -72,7 +81,7 @@ def watched() -> Iterator[Callable[[], str | None]]:
     heard = [number for number in own if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in heard}
     try:
-        yield lambda: came[0] if came else None
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
