@@ -304,6 +304,6 @@ def drawn(network: nn.Module) -> str | None:
         return None
     parts = [f"{key} {rates[key]:g}" for key in sorted(rates)]
     return (
-        f"{', '.join(parts)}: masks are drawn for each micro-batch, so losses depend on train.micro_batch "
-        "and on the number of processes"
+        f"{', '.join(parts)}: masks are drawn for each micro-batch, so losses depend on train.micro_batch, "
+        "and on the number of processes unless that is given and divides the windows of each"
     )

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outgrow.model.base.errors import UserError, did_you_mean, first_line
+from outgrow.model.base.errors import UserError, did_you_mean, first_line, nearest
 from outgrow.model.base.overrides import each_dict_once, parse
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 # beside the rooms, in a clone and in an installed package
 CONF = Path(str(files("outgrow.model"))).parent / "conf"
+TYPING = 0.75  # what a mistyped name has in common with the right one
 MISSING = "???"  # Hydra's mark of a value that has to be given
 
 
@@ -232,7 +234,7 @@ def _key_holds(cfg: DictConfig, override: Override, groups: set[str], faults: li
             if depth == 0:
                 known |= groups
             last = parts[-1]
-            way = _elsewhere(cfg, last) or did_you_mean(part, known)
+            way = _elsewhere(cfg, last) or _near(cfg, part, known)
             until_here = parts[: depth + 1]
             unknown = ".".join(until_here)
             faults.append(f"{unknown}: unknown key; {way}")
@@ -248,16 +250,33 @@ def _elsewhere(cfg: DictConfig, name: str) -> str:
     """A question that offers the keys of that name in a group: `train.learning_rate` is
     `optimizer.learning_rate`.
     """
+    keys = _in_groups(cfg).get(name, [])
+    options = " or ".join(map(repr, keys))
+    return f"did you mean {options}?" if keys else ""
+
+
+def _near(cfg: DictConfig, name: str, known: set[str]) -> str:
+    """A question that offers names near to `name`, of those known where it stands and of those in groups:
+    `nosie` is `growth.noise`.
+    """
+    in_groups = _in_groups(cfg)
+    keys = nearest(name, known, TYPING) or list(
+        chain.from_iterable(in_groups[near] for near in nearest(name, in_groups, TYPING))
+    )
+    options = " or ".join(map(repr, keys))
+    return f"did you mean {options}?" if keys else did_you_mean(name, known)
+
+
+def _in_groups(cfg: DictConfig) -> dict[str, list[str]]:
+    """The keys in groups, each with its places: `noise` → `growth.noise`."""
     from omegaconf import OmegaConf
 
     values = OmegaConf.to_container(cfg)
-    entries = values if isinstance(values, dict) else {}
-    keys = []
-    for group, inner in entries.items():
-        if isinstance(inner, dict) and name in inner:
-            keys.append(f"{group!s}.{name}")
-    options = " or ".join(map(repr, keys))
-    return f"did you mean {options}?" if keys else ""
+    places: dict[str, list[str]] = {}
+    for group, inner in values.items() if isinstance(values, dict) else ():
+        for key in inner if isinstance(inner, dict) else ():
+            places.setdefault(str(key), []).append(f"{group!s}.{key}")
+    return places
 
 
 def at_home(value: Any) -> Any:

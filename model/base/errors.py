@@ -68,13 +68,22 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 
 
 def near_matches(name: object, known: Iterable[str]) -> str:
-    """A question after the known names that are near to `name`, in whatever case it is written; "" where none
-    is."""
+    """A question after the known names that are near to `name`; "" where none is."""
+    words = map(repr, nearest(name, known))
+    options = " or ".join(words)
+    return f"did you mean {options}?" if options else ""
+
+
+def nearest(name: object, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
+    """Up to three known names that are near to `name`, in whatever case it is written, the nearest first.
+
+    Args:
+        cutoff: the share that two names have in common, from which on they are near.
+    """
     by_small = {word.lower(): word for word in sorted(known)}
     small = str(name).lower()
-    near = difflib.get_close_matches(small, by_small, n=3, cutoff=0.5)
-    words = [repr(by_small[word]) for word in near]
-    return f"did you mean {' or '.join(words)}?" if words else ""
+    near = difflib.get_close_matches(small, by_small, n=3, cutoff=cutoff)
+    return [by_small[word] for word in near]
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:

@@ -193,6 +193,15 @@ def test_a_dry_run_needs_no_source_and_leaves_nothing(
 
 
 @pytest.mark.slow
+def test_a_dry_run_tells_what_dropout_makes_of_processes() -> None:
+    start = ["growth=scratch", "forecast.gpus=1", "train.context=8", "train.batch_tokens=16"]
+    gpt2 = "target={model_type:gpt2,vocab_size:64,n_embd:16,n_layer:1,n_head:2,n_positions:8}"
+    line = next(line for line in tell(compose([*start, gpt2])).splitlines() if line.startswith("dropout "))
+    assert "dropout 0.1: masks are drawn for each micro-batch" in line
+    assert "dropout" not in tell(compose([*start, "target=tiny_target"]))
+
+
+@pytest.mark.slow
 def test_what_cannot_be_forecast_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"forecast.gpus: 96 do not divide the 256 windows .* try train.batch_tokens=589824"

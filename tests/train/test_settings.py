@@ -35,6 +35,9 @@ def fault(*overrides: str) -> str:
         ("+train.contxt=5", "train.contxt: unknown key; did you mean 'context'"),
         ("growth=scrach", "unknown growth; did you mean 'scratch'"),
         ("sed=1", "sed: unknown key; did you mean 'seed'"),
+        ("nosie=0.3", "nosie: unknown key; did you mean 'growth.noise'?"),
+        ("train.lerning_rate=1", "train.lerning_rate: unknown key; did you mean 'optimizer.learning_rate'?"),
+        ("bugdet_tokens=5", "bugdet_tokens: unknown key; did you mean 'train.budget_tokens'?"),
         (
             "train.learning_rate=0.01",
             "train.learning_rate: unknown key; did you mean 'optimizer.learning_rate'?",

@@ -29,6 +29,7 @@ from outgrow.train.settings import Budget, Settings
 from outgrow.train.start.passes import passes
 from outgrow.train.start.source import target_config
 from outgrow.train.start.stages import spans_of, stages_of
+from outgrow.train.step import drawn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,6 +56,7 @@ class Forecast:
     flops_from: str
     hours: float | None  # None where the device is not known
     memory: Memory
+    dropout: str | None  # what its masks change, in words
 
 
 def forecast(settings: Settings) -> Forecast:
@@ -96,6 +98,7 @@ def forecast(settings: Settings) -> Forecast:
         flops_from=flops_source(config, loop.context),
         hours=None if peak is None else total / (plan.gpus * peak * plan.mfu) / 3600,
         memory=memory(settings, config, network, groups, rows),
+        dropout=drawn(network),
     )
 
 
@@ -232,6 +235,8 @@ def tell(settings: Settings) -> str:
                 f"MFU of {mfu:.1%}"
             )
     lines += [f"text          {line}" for line in passes(settings)]
+    if counted.dropout is not None:
+        lines.append(f"dropout       {counted.dropout}")
     memory = vars(counted.memory)
     parts = [f"{name} {size / GIB:.1f}" for name, size in memory.items() if size]
     total = counted.memory.total / GIB
