@@ -9,6 +9,8 @@ from outgrow.experiments.cost import undecided
 from outgrow.experiments.horizons import Bound, Point, Worth
 from outgrow.experiments.runs import NULL_CONTROL, SCRATCH
 
+LEAST_SAVED = 1e-6  # of a token's FLOPs, by growing on the way: sums of one model differ less
+
 
 def answer(rows: Sequence[Worth]) -> str:
     """The finding in two sentences: what the best grown arm is worth at the longest horizon that one has, and
@@ -89,15 +91,25 @@ def _verdict_of_bound(bound: Bound, clause: str) -> str:
 
 
 def is_grown(row: Worth, rows: Sequence[Worth]) -> bool:
-    """Check for an arm that is neither scratch nor the control."""
-    is_scratch = row.point.arm == SCRATCH
-    return not is_scratch and not is_control(row, rows)
+    """Check for an arm that inherited something, from a source or from its own trunk, and is no control.
+
+    Scratch under another name, with another batch say, and flat models of other sizes did not.
+    """
+    if is_control(row, rows):
+        return False
+    first = row.point.ends[0]
+    if first.growth is not None or first.source_flops > 0:
+        return True
+    # older records tell of no growth on the way; it shows in fewer FLOPs a token than scratch of that size
+    whole = [other.point.ends[0] for other in rows if other.point.arm == SCRATCH]
+    rates = [end.flops / end.tokens for end in whole if end.parameters == first.parameters]
+    return bool(rates) and first.flops / first.tokens < (1 - LEAST_SAVED) * min(rates)
 
 
 def is_control(row: Worth, rows: Sequence[Worth]) -> bool:
     """Check for a network that stays smaller than scratch's: trained longer, not bigger."""
-    largest = max(other.point.parameters for other in rows)
-    return row.point.parameters < largest
+    full_size = max(other.point.parameters for other in rows if other.point.arm == SCRATCH)
+    return row.point.parameters < full_size
 
 
 def control_of(best: Worth, rows: Sequence[Worth]) -> Point:

@@ -21,6 +21,7 @@ from matplotlib.text import Text
 from helpers.runs import fabricate
 from outgrow.experiments.__main__ import main
 from outgrow.experiments.ends import RECORD, End, read_ends, write_ends
+from outgrow.experiments.grown_run import Growth
 from outgrow.experiments.horizon_answer import answer
 from outgrow.experiments.horizon_picture import COLOURS, GREY, build
 from outgrow.experiments.horizon_report import markdown, read_inputs, table, write
@@ -40,6 +41,8 @@ def end(arm: str, flops: float, loss: float, **more: object) -> End:
         "tokens": round(flops / 5e7),
         **more,
     }
+    if arm not in ("scratch", "small") and "source_flops" not in more:
+        fields.setdefault("growth", Growth(10_000))  # on its way
     return dataclasses.replace(BASE, **fields)  # type: ignore[arg-type]
 
 
@@ -457,3 +460,12 @@ def test_the_table_of_a_study_is_what_its_record_gives(name: str) -> None:
     rows = worths(read_ends(HERE / name / RECORD))
     check_table(HERE / name / "README.md", markdown(rows))
     assert (HERE / name / "table.md").read_text() == markdown(rows)
+
+
+def test_scratch_under_another_name_and_a_larger_flat_model_are_no_growth() -> None:
+    other_name = end("scratch_lower", 4e12, 2.3, growth=None)
+    larger = end("flat_12_layers", 16e12, 2.1, parameters=1500, growth=None)
+    grown = end("grown", 4e12, 2.55)
+    told = answer(worths([CONTROL, *SCRATCH_ENDS, other_name, larger, grown]))
+    assert "growth does not pay (one seed: not decided): grown is worth" in told
+    assert "The control, small trained on" in told
