@@ -151,7 +151,12 @@ def test_what_is_committed_are_the_runs_that_the_study_defines(
         return
     if (HERE / name / RECORD).is_file():
         ends = read_ends(HERE / name / RECORD)
-        assert {end.name for end in ends} <= {folder.name for job in grids[name] for folder in job.folders}
+        defined = {folder.name for job in grids[name] for folder in job.folders}
+        seeds = load_study(name).full.seeds
+        for end in ends:
+            assert end.seed in seeds
+            # the grid is that of the first seed
+            assert end.name.replace(f"-s{end.seed}-t", f"-s{seeds[0]}-t") in defined
         is_family = load_study(name).family
         table = products.markdown(products.families(ends)) if is_family else markdown(worths(ends))
         assert (HERE / name / "table.md").read_text() == table
