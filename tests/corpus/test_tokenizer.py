@@ -6,13 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from outgrow.model.base.errors import UserError
 from outgrow.train.data.shards import TokenData
 from outgrow.train.data.tokenizer import (
+    PLAIN,
     check_vocabulary,
     encoder,
     entries,
@@ -21,6 +24,7 @@ from outgrow.train.data.tokenizer import (
     tokenizer_hash,
     tokenizer_identity,
     train_tokenizer,
+    write_encoder,
 )
 
 TEXTS = [Path(__file__).read_text(), "Grüße, 世界 🙂\n\n\tdef f(x):\r\n    return x"] * 2
@@ -81,6 +85,85 @@ def test_the_folder_is_a_tokenizer_to_others(trained: PreTrainedTokenizerFast, t
     )
     assert loaded(TEXTS[1]).input_ids == ids(trained, TEXTS[1])
     assert tokenizer_hash(load_tokenizer(str(tmp_path))) == tokenizer_hash(trained)
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    """A tokenizer of another kind, whose own call begins with <s>, and with a token of its own."""
+    scores = [("<s>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -1.0) for piece in ("▁", "a", "▁a"))]
+    inner = Tokenizer(models.Unigram(scores, unk_id=2))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", padding_side="left"
+    )
+    tokenizer.add_tokens(["aa"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"], "pad_token": "<pad>"})
+    return tokenizer
+
+
+def files_of(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, bytes]:
+    save_tokenizer(tokenizer, folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_tokenizer_of_no_models_own_is_read_as_auto_tokenizer_reads_it(
+    kind: str,
+    name: str,
+    trained: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "tokenizer"
+    save_tokenizer(trained if kind == "bpe" else unigram(), folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": name}))
+    by_auto = AutoTokenizer.from_pretrained(folder)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)  # it is not asked
+    loaded = load_tokenizer(str(folder))
+    assert type(loaded) is type(by_auto)
+    assert write_encoder(loaded) == write_encoder(by_auto)
+    assert files_of(loaded, tmp_path / "own") == files_of(by_auto, tmp_path / "auto")
+
+
+@pytest.mark.parametrize("change", [{"auto_map": {}}, {"tokenizer_class": "GPT2Tokenizer"}, None])
+def test_a_models_own_tokenizer_is_read_by_auto_tokenizer(
+    change: dict[str, Any] | None,
+    trained: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_tokenizer(trained, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | (change or {})))
+    if change is None:
+        (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    asked: list[str] = []
+
+    def from_pretrained(source: str, **_: Any) -> PreTrainedTokenizerFast:
+        asked.append(source)
+        return trained
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    load_tokenizer(str(tmp_path))
+    assert asked == [str(tmp_path)]
+
+
+@pytest.mark.slow
+def test_torch_is_not_imported_for_a_tokenizer_of_no_models_own(
+    trained: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    save_tokenizer(trained, tmp_path)
+    program = (
+        "import sys; from outgrow.train.data.tokenizer import import_library, load_tokenizer; "
+        "import_library(None); import_library(sys.argv[1]); load_tokenizer(sys.argv[1]); "
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, check=True, text=True
+    )
+    assert result.stdout == "False\n"
 
 
 def test_an_end_of_text_in_a_text_is_text(trained: PreTrainedTokenizerFast) -> None:

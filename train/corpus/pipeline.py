@@ -15,6 +15,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -173,7 +174,8 @@ def read(work: Workshop, settings: DataSettings, stage: Stage) -> None:
     if benchmarks is not None and not summary.is_file():
         write_json(summary, write_benchmarks(benchmarks, work.folder / NGRAMS))
     steps = reading(work, settings)
-    stage("read", steps, len(work.tasks), title="reading", meanwhile=import_library)
+    import_own = partial(import_library, settings.tokenizer)
+    stage("read", steps, len(work.tasks), title="reading", meanwhile=import_own)
     counts, tally = settle(work, settings, stage)
     tally.check_broken(settings.max_broken)
     for fault in tally.broken:

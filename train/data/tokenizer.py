@@ -25,6 +25,8 @@ TRAIN = "train"  # as data.tokenizer: train one, even beside a source that has i
 # square
 LONGEST_RUN = 1024
 _RUN = re.compile(rf"\S{{{LONGEST_RUN}}}(?=\S)|\s{{{LONGEST_RUN}}}(?=\s)")
+# classes of tokenizer_config.json that are no model's own
+PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -76,9 +78,12 @@ def _bounded(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def import_library() -> None:
-    """Import what loading or training a tokenizer needs, which takes seconds."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+def import_library(name: str | None) -> None:
+    """Import what loading the tokenizer `name` needs, or training one, which takes a second or more."""
+    if name is None or _is_plain(name):
+        from transformers import PreTrainedTokenizerFast  # noqa: F401
+    else:
+        from transformers import AutoTokenizer  # noqa: F401
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -87,11 +92,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     Raises:
         UserError: it cannot be reached, has no end-of-text token, or no fast form.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     source = str(_folder(name) or name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        if _is_plain(name):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+        else:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and the hub's client each raise their own
         raise UserError(
             f"data.tokenizer={name}: cannot be loaded ({first_line(error)}); give a folder with tokenizer "
@@ -108,6 +118,20 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             "tokenizer_config.json"
         )
     return tokenizer
+
+
+def _is_plain(name: str) -> bool:
+    """Check for a folder with a tokenizer of no model's own class and without a model. AutoTokenizer reads it
+    as PreTrainedTokenizerFast does, but its import is that of torch, which takes longer than all the rest.
+    """
+    folder = _folder(name)
+    if folder is None or (folder / "config.json").exists():
+        return False
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return settings["tokenizer_class"] in PLAIN and "auto_map" not in settings
+    except (OSError, ValueError, LookupError, TypeError):
+        return False  # AutoTokenizer tells what is wrong
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
