@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,8 +278,10 @@ def _leave_room(axes: Axes) -> None:
     ends = axes.dataLim.intervalx
     first, last = np.log(ends) if scale == "log" else ends
     width = last - first
+    if width == 0:  # one place: in the middle
+        axes.set_xlim(ends[0] / 2, ends[0] * 2)
     if not 0 < width < math.inf:
-        return  # one place, or none
+        return
     wider = np.array([first - BEFORE * width, last + AFTER * width])
     axes.set_xlim(*(np.exp(wider) if scale == "log" else wider))
 
@@ -345,38 +347,49 @@ def _title(row: Worth, name: str) -> str:
     return f"{name}, S {row.bound_included}"
 
 
-Places = Counter[float]  # where ticks stand, and how many ends of grown arms or scratch stand there
+# the numbers of ticks, where each stands, and how many ends of grown arms or scratch stand there
+Places = dict[str, tuple[float, int]]
 
 
 def _places(rows: Sequence[Worth]) -> tuple[Places, Places]:
     """Where ends are: the costs of scratch's, the tokens a parameter of the others'."""
-    costs: Places = Counter()
-    tokens: Places = Counter()
+    costs: Places = {}
+    tokens: Places = {}
     for row in rows:
         point = row.point
         if point.arm == SCRATCH:
-            costs[round(point.paid / 1e12, 2)] += 1
+            _add(costs, point.paid / 1e12, 2, 1)
         elif row.speedup_included is not None:
-            tokens[round(point.tokens_per_parameter)] += is_grown(row, rows)
+            _add(tokens, point.tokens_per_parameter, 0, int(is_grown(row, rows)))
     return costs, tokens
 
 
+def _add(places: Places, place: float, digits: int, ends: int) -> None:
+    """Count ends at a place; those of one number, rounded, share the first one's."""
+    number = f"{round(place, digits):g}"
+    first, before = places.get(number, (place, 0))
+    places[number] = (first, before + ends)
+
+
 def _set_ticks(axes: Axes, places: Places) -> None:
-    across = sorted(places)
-    axes.set_xticks(across, [f"{place:g}" for place in across])
+    across = [place for place, _ in places.values()]
+    axes.set_xticks(across, list(places))
 
 
 def _thin(axes: Axes, places: Places) -> None:
     """Take the numbers of ticks away that touch others: of two, the one that stands for more ends stays, else
     the one to the right.
     """
-    across = sorted(places)
-    boxes = {
-        label: tick.get_window_extent() for label, tick in zip(across, axes.get_xticklabels(), strict=True)
-    }
-    kept: list[float] = []
-    for place in sorted(across, key=lambda place: (-places[place], -place)):
-        own = boxes[place].padded(2)
-        if not any(own.overlaps(boxes[other].padded(2)) for other in kept):
-            kept.append(place)
-    axes.set_xticks(across, [f"{place:g}" if place in kept else "" for place in across])
+    labels = zip(places, axes.get_xticklabels(), strict=True)
+    boxes = {number: label.get_window_extent().padded(2) for number, label in labels}
+    kept: list[str] = []
+
+    def last_to_yield(number: str) -> tuple[int, float]:
+        place, ends = places[number]
+        return -ends, -place
+
+    for number in sorted(places, key=last_to_yield):
+        if not any(boxes[number].overlaps(boxes[other]) for other in kept):
+            kept.append(number)
+    across = [place for place, _ in places.values()]
+    axes.set_xticks(across, [number if number in kept else "" for number in places])

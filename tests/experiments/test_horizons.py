@@ -279,6 +279,13 @@ def test_numbers_of_ticks_do_not_touch() -> None:
     assert [tick.get_text() for tick in ticks] == ["1", "", "6.43"]
 
 
+def test_a_tick_stands_where_its_ends_do() -> None:
+    figure = build(worths([CONTROL, *SCRATCH_ENDS, end("grown", 2e12, 2.5, tokens=40_400)]))
+    (place,) = figure.axes[1].get_xticks()
+    assert place == pytest.approx(40.4)
+    assert [tick.get_text() for tick in figure.axes[1].get_xticklabels()] == ["40"]
+
+
 def markers(axes: Axes, colour: str, shape: str) -> dict[float, Any]:
     """The faces of one arm's markers by the speed-ups that they stand at."""
     points = [line for line in axes.get_lines() if line.get_marker() == shape and line.get_color() == colour]
