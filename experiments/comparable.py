@@ -24,9 +24,10 @@ from outgrow.train.settings import identity
 
 Read = Callable[[Run], Any]
 
+TEXT = "data fingerprint (run.json data.fingerprint)"
 # How a loss is measured: what decayed ends must share too, whose batches may differ.
 MEASURED_ALIKE: dict[str, Read] = {
-    "data fingerprint (run.json data.fingerprint)": lambda run: run.record.data.fingerprint,
+    TEXT: lambda run: run.record.data.fingerprint,
     "evaluation budget (train.eval_tokens)": lambda run: run.record.setting("train.eval_tokens"),
     # of runs whose fingerprint did not tell it
     "mixture (mixture.phases)": lambda run: run.record.setting("mixture.phases"),
@@ -187,8 +188,17 @@ def _differing(runs: Sequence[Run], name: str, read: Read) -> list[str]:
         other = read(run)
         if one != other:
             pair = f"{first.folder} and {run.folder}"
-            return [f"{pair} cannot be compared: their {name} is {one} and {other}"]
+            why = _differing_texts(first, run) if name == TEXT else ""
+            return [f"{pair} cannot be compared: their {name} is {one} and {other}{why}"]
     return []
+
+
+def _differing_texts(one: Run, other: Run) -> str:
+    """Say by which settings two runs have read different texts."""
+    groups = ("data", "mixture")
+    texts = [flat({group: run.record.settings.get(group) for group in groups}) for run in (one, other)]
+    differing = _list_differing(*texts) or "no setting, so the files themselves do"
+    return f"; what differs: {differing}"
 
 
 def _differing_configs(runs: Sequence[Run]) -> list[str]:

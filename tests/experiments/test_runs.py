@@ -205,7 +205,11 @@ def comparable(*folders: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"data.fingerprint": "beef"}, r"data fingerprint .* f00d and beef"),
+        ({"data.fingerprint": "beef"}, r"data fingerprint .* f00d and beef; .*: no setting, so the files"),
+        (
+            {"data.fingerprint": "beef", "settings.data": {"path": "elsewhere"}},
+            r"data fingerprint .* f00d and beef; what differs: data\.path \(.* and elsewhere\)",
+        ),
         ({"settings.train.eval_tokens": 32}, r"eval_tokens.* 64 and 32"),
         ({"settings.train.context": 16}, r"context.* 8 and 16"),
         ({"tokens_per_step": 25}, "tokens per step is 50 and 25"),

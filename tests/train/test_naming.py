@@ -22,7 +22,7 @@ from outgrow.train.compose import compose
 from outgrow.train.run.folder import check_same, shorter_run
 from outgrow.train.run.record import RunRecord
 from outgrow.train.settings import identity
-from outgrow.train.start.naming import arm_changes, same_folder
+from outgrow.train.start.naming import _short, arm_changes, same_folder
 from outgrow.train.start.neutral import is_neutral
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +115,19 @@ def test_no_two_commands_of_the_documents_share_a_folder_with_different_results(
             command,
             results[settings.out][0],
         )
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_all_rates_of_an_arm_with_a_long_name_are_of_one_arm(place: int) -> None:
+    """Wherever a rate stands among the labels, and however long it is."""
+    labels = [f"label{number}_{'x' * 36}" for number in range(4)]
+    arms = set()
+    for rate in ("lr0.1", "lr0.0000123"):
+        told = _short([*labels[:place], rate, *labels[place:]])
+        assert rate in told
+        arms.add(tuple(arm_changes("-".join(told))))
+    assert arms == {tuple(_short(labels))}
+    assert _short(labels)[-1].startswith("more_")
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------

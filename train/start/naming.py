@@ -102,8 +102,12 @@ def _parents(key: str) -> list[str]:
 
 def arm_changes(labels: str) -> list[str]:
     """The changes that make another arm: all but the learning rate, which is a point of an arm's grid."""
-    is_rate = re.compile(r"lr\d[\d.e]*").fullmatch
-    return [label for label in labels.split("-") if label and not is_rate(label)]
+    return [label for label in labels.split("-") if label and not _is_rate(label)]
+
+
+def _is_rate(label: str) -> bool:
+    """Check for the label of a learning rate."""
+    return re.fullmatch(r"lr\d[\d.e]*", label) is not None
 
 
 def _key(override: str) -> str:
@@ -200,16 +204,19 @@ def _number(value: float) -> str:
 
 
 def _short(labels: list[str]) -> list[str]:
-    """Shorten a list of labels to the room that a name has, with a hash in place of the rest."""
-    kept: list[str] = []
+    """Shorten a list of labels to the room that a name has, with a hash in place of the rest.
+
+    A learning rate is always told and takes no room, so that all points of an arm's grid are of one arm.
+    """
     room = LONGEST
     for number, label in enumerate(labels):
-        room -= len(label) + 1
+        room -= 0 if _is_rate(label) else len(label) + 1
         if room < 0:
-            rest = str(labels[number:])
-            return [*kept, f"more_{_hash(rest)}"]
-        kept.append(label)
-    return kept
+            rest = labels[number:]
+            rates = list(filter(_is_rate, rest))
+            others = [label for label in rest if label not in rates]
+            return [*labels[:number], f"more_{_hash(str(others))}", *rates]
+    return labels
 
 
 def _hash(text: str) -> str:
