@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NoReturn
 
@@ -48,6 +49,7 @@ FIRST_SECONDS = 5.0  # that the first process is given to tell an error
 INTERRUPTED = 130  # as a shell ends what Ctrl-C stopped
 
 
+FOLDER_FLAGS = ("--config-dir", "-cd")  # whose value, a folder, may have a "=" in its name
 FAILED: list[str] = []  # the points of this process' sweep that ended with an error, with the reason
 
 
@@ -101,7 +103,21 @@ def _run(arguments: list[str]) -> None:
     elif set(flags) <= {"-m", "--multirun"}:
         _sweep(overrides)
     else:
+        sys.argv[1:] = flags_first(arguments)
         _hydra()
+
+
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """Hydra's flags, with their values, before the overrides: its parser takes none between them."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    before = ""
+    for text in arguments:
+        is_value = before in FOLDER_FLAGS
+        is_override = "=" in text and not text.startswith("-") and not is_value
+        (overrides if is_override else flags).append(text)
+        before = text
+    return [*flags, *overrides]
 
 
 def _sweep(overrides: list[str]) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from outgrow.model.base.compose import CONF, compose_config, load_yaml, sweep_points
 from outgrow.model.base.errors import UserError
+from outgrow.train.__main__ import flags_first
 from outgrow.train.compose import compose
 from outgrow.train.settings import Budget, identity, settings_hash
 
@@ -281,6 +282,33 @@ def test_a_sweep_tells_the_fault_of_its_last_point_before_the_first_trains(tmp_p
     done = run("-m", *GOOD, "seed=0,a", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (2, "error: seed: expected a whole number; found 'a'\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "ordered"),
+    [
+        ("--config-dir s a=1 -m b=2", "--config-dir s -m a=1 b=2"),
+        ("a=1 --config-dir=s=t b=2 -m", "--config-dir=s=t -m a=1 b=2"),
+        ("a=1 -cd s=t b=2", "-cd s=t a=1 b=2"),
+    ],
+)
+def test_flags_may_stand_anywhere(given: str, ordered: str) -> None:
+    assert flags_first(given.split()) == ordered.split()
+
+
+@pytest.mark.slow
+def test_a_folder_of_settings_of_ones_own_works_with_a_sweep_wherever_its_flag_stands(tmp_path: Path) -> None:
+    """As README says for an installed package."""
+    (tmp_path / "settings/experiment").mkdir(parents=True)
+    experiment = "# @package _global_\nstudy: mine\ntarget: tiny_target\n"
+    (tmp_path / "settings/experiment/mine.yaml").write_text(experiment)
+    more = ["growth=scratch", "dry_run=true", "forecast.gpus=1", "-m", "seed=0,1"]
+    done = run("--config-dir", "settings", "experiment=mine", *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^(\S+): [\d,]+ parameters", done.stdout, re.M) == [
+        "mine-scratch-s0",
+        "mine-scratch-s1",
+    ]
 
 
 @pytest.mark.slow
