@@ -24,7 +24,8 @@ def answer(rows: Sequence[Worth]) -> str:
     seeds = seeds_text(end.seed for end in point.ends)
     return (
         f"At {point.tokens_per_parameter:.0f} tokens a parameter {_verdict(best)}: {point.arm} is worth S "
-        f"{_relation(best)} against scratch, everything paid ({seeds}). {_control(best, rows)}"
+        f"{_relation(best)} against scratch, everything paid{_of_a_checkpoint(best)} ({seeds}). "
+        f"{_control(best, rows)}"
     )
 
 
@@ -46,11 +47,22 @@ def least_speedup(row: Worth) -> float:
 
 def _relation(row: Worth) -> str:
     """A row's speed-up as the end of a sentence: = 1.21 ± 0.27, > 0.93."""
-    if row.speedup_included is None:
-        return str(row.bound_included)
-    spread = row.interval_included
+    return _speedup_relation(row.speedup_included, row.bound_included, row.interval_included)
+
+
+def _of_a_checkpoint(row: Worth) -> str:
+    """The same without the source's own training, for whoever has the source already; nothing without one."""
+    if not any(end.source_flops for end in row.point.ends):
+        return ""
+    own = _speedup_relation(row.speedup_excluded, row.bound_excluded, row.interval_excluded)
+    return f", and S {own} where the source is there already"
+
+
+def _speedup_relation(speedup: float | None, bound: Bound | None, spread: float | None) -> str:
+    if speedup is None:
+        return str(bound)
     interval = "" if spread is None else f" ± {spread:.2f}"
-    return f"= {row.speedup_included:.2f}{interval}"
+    return f"= {speedup:.2f}{interval}"
 
 
 def _verdict(row: Worth) -> str:

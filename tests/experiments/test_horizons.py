@@ -176,7 +176,7 @@ def test_the_table_and_the_sentence_say_what_was_measured(tmp_path: Path) -> Non
     assert line == "| grown | adamw | 0.0 M | 30 | 0.01* | 0, 1 | 2.00 | 2.5000 | 2.67 | 2.00 | -0.2500 |"
     assert answer(rows) == (
         "At 30 tokens a parameter growth pays (2 seeds: not decided): grown is worth S = 2.00 against scratch, everything "
-        "paid (seeds 0, 1). The control, small trained on for 0.50 TFLOP, ends 0.900 nats higher than grown for 2.00."
+        "paid, and S = 2.67 where the source is there already (seeds 0, 1). The control, small trained on for 0.50 TFLOP, ends 0.900 nats higher than grown for 2.00."
     )
     losing = worths([CONTROL, *SCRATCH_ENDS, end("grown", 4e12, 2.6)])
     assert "growth does not pay (one seed: not decided): grown is worth S = 0.76" in answer(losing)
