@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import Any
 
 from outgrow.model.base.errors import did_you_mean, not_installed
 from outgrow.model.base.interrupt import started, starting
@@ -54,7 +55,6 @@ GONE = {"mixtures": "a study of mixtures is a study.yaml with judged_on: outgrow
 
 def main() -> int:
     """Go through the door that the first argument names; its exit status."""
-    starting(asked=True)
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
@@ -67,12 +67,19 @@ def main() -> int:
     module, before = DOORS[arguments[0]]
     sys.argv = [f"outgrow {arguments[0]}", *before, *arguments[1:]]  # Hydra reads it there
     try:
-        door = import_module(module)
-        started()
-        return door.main() or 0
+        return _imported(module).main() or 0
     except ModuleNotFoundError as fault:
         missing = not_installed(fault)
         if missing is None:
             raise
         print(f"error: {missing}", file=sys.stderr)
         return 2
+
+
+def _imported(module: str) -> Any:
+    """The module of a door; until it is there, Ctrl-C and a queue's signals end the process in silence."""
+    starting(asked=True)
+    try:
+        return import_module(module)
+    finally:
+        started()

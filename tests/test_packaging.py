@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -181,7 +182,12 @@ def test_an_unknown_command_is_told(
     from outgrow.experiments.command import main
 
     monkeypatch.setattr(sys, "argv", ["outgrow", "grwo"])
+    taken = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     assert main() == 2
+    assert (
+        signal.getsignal(signal.SIGTERM),
+        signal.getsignal(signal.SIGINT),
+    ) == taken  # nothing is left behind
     assert "unknown command 'grwo'; did you mean 'grow'?" in capsys.readouterr().err
 
 
