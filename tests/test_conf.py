@@ -22,7 +22,7 @@ ARMS = [leaf for group, leaf in LEAVES if group == "growth"]
 NEEDED = {  # what a leaf leaves to its user
     ("data", "files"): ["data.path=texts"],
     ("data", "hub"): ["data.dataset=owner/name"],
-    ("data", "prepared"): ["data.folder=tokens/x"],
+    ("data", "prepared"): ["data.path=tokens/x"],
     ("data", "tokens"): ["data.path=x.bin", "data.tokenizer=gpt2"],
 }
 

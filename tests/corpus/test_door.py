@@ -18,7 +18,7 @@ from outgrow.train.data.settings import DataSettings, disagreements
 LEAVES = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
 # what a leaf leaves to its user
 NEEDED = {
-    "prepared": ["data.folder=data/prepared"],
+    "prepared": ["data.path=data/prepared"],
     "tokens": ["data.path=x.bin", "data.tokenizer=gpt2"],
     "files": ["data.path=texts"],
     "hub": ["data.dataset=owner/name"],

@@ -20,7 +20,7 @@ TEXTS = [f"Text {i}: " + " ".join(str(i * j) for j in range(80)) for i in range(
 
 
 def copied(folder: Path) -> DataSettings:
-    return DataSettings("prepared", "prepared", folder=str(folder))
+    return DataSettings("prepared", "prepared", path=str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +74,32 @@ def test_a_folder_without_tokens_is_not_built(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no tokens here; give a folder that `outgrow corpus prepare` made"):
         prepare(copied(tmp_path / "nothing"))
     assert not (tmp_path / "nothing").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(UserError, match="no tokens here"):
+        prepare(copied(tmp_path / "other"))
+
+
+def test_a_copy_that_is_cut_is_told(made: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made, tmp_path / "tokens"))
+    shard = folder / "train-00000.bin"
+    size = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(UserError, match=rf"train-00000.bin should have {size} bytes, has 100; .* or copied"):
+        prepare(copied(folder))
 
 
 def test_what_only_a_text_can_be_asked_for_is_refused_at_once() -> None:
     settings = DataSettings(
         "prepared",
         "prepared",
+        folder="tokens",
         tokenizer="gpt2",
         limit_tokens=5,
         clean=CleaningSettings(exact_duplicates=True),
     )
     assert [fault.partition(":")[0] for fault in disagreements(settings)] == [
+        "data.path",
         "data.folder",
         "data.tokenizer",
         "data.limit_tokens",

@@ -44,6 +44,10 @@ GIVEN = ["experiment=tiny_short", "growth=lossless"]
         ("data.seed=3 optimizer.betas=[0.9,0.99]", "-data_seed3-betas_0.9_0.99"),
         ("data=files data.path=texts", "-data_files-path_texts"),
         (
+            "data=prepared data.path=tokens/mine",
+            "-data_prepared-path_tokens_mine",
+        ),  # another one, another run
+        (
             "data=tokens data.path=a.bin data.validation_path=b.bin data.tokenizer=gpt2",
             "-data_tokens-tokenizer_gpt2-path_a.bin-validation_path_b.bin",
         ),

@@ -96,7 +96,7 @@ def cut_by(settings: DataSettings, tokenizer: Path) -> DataSettings:
     if settings.corpus == "prepared":
         if not is_same:
             raise UserError(
-                f"data.folder={settings.folder}: cut by another tokenizer than the source's, {tokenizer}; "
+                f"data.path={settings.path}: cut by another tokenizer than the source's, {tokenizer}; "
                 "prepare the text for it where the text is: outgrow corpus prepare data=NAME "
                 f"data.tokenizer={tokenizer}"
             )

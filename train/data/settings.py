@@ -46,6 +46,7 @@ class DataSettings:
     folder: str | None = None
     # files: a folder, a file, or a glob (** crosses folders) of the suffixes in formats.READERS; or a URL
     # tokens: a folder, a file, or a glob of the suffixes in token_files.READERS
+    # prepared: a folder that was made by `outgrow corpus prepare`
     path: str | None = None
     # tokens: those that are validated on; null: the end of each file, validation_fraction of it
     validation_path: str | None = None
@@ -83,6 +84,8 @@ class DataSettings:
     def home(self) -> Path:
         """The folder that holds the tokens. The leaves `files` and `tokens` serve any path: each has its own
         there, so that no text replaces another's tokens."""
+        if self.corpus == "prepared" and self.path:
+            return Path(self.path).expanduser()
         if self.folder:
             return Path(self.folder).expanduser()
         serves_any_path = self.name == self.corpus
@@ -171,8 +174,10 @@ def _token_faults(settings: DataSettings) -> list[str]:
 def _prepared_faults(settings: DataSettings) -> list[str]:
     """List what cannot be asked of a folder of tokens that is used as it is."""
     faults = []
-    if settings.folder is None:
-        faults.append("data.folder: missing; give a folder that `outgrow corpus prepare` made")
+    if not settings.path:
+        faults.append("data.path: missing; give a folder that `outgrow corpus prepare` made")
+    if settings.folder is not None:
+        faults.append("data.folder: nothing is written; give the folder of the tokens as data.path")
     if settings.tokenizer is not None:
         faults.append("data.tokenizer: the folder holds the one that cut its tokens; leave it out")
     return faults + _reading_faults(settings)
@@ -313,7 +318,7 @@ def _may_share(one: DataSettings, other: DataSettings) -> bool:
         return False
     if one.corpus == "hub":
         return one.dataset == other.dataset and one.split == other.split
-    if one.corpus in ("files", "tokens"):
+    if one.corpus in ("files", "tokens", "prepared"):
         first = _root(one.path or "")
         second = _root(other.path or "")
         return first.is_relative_to(second) or second.is_relative_to(first)

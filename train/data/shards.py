@@ -201,10 +201,10 @@ def open_prepared(folder: Path) -> TokenData:
     Raises:
         UserError: as `open_data` does; or a shard lies outside the folder.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
     if manifest is None:
         raise UserError(
-            f"data.folder={folder}: no tokens here; give a folder that `outgrow corpus prepare` made, or "
+            f"data.path={folder}: no tokens here; give a folder that `outgrow corpus prepare` made, or "
             "copy it here whole"
         )
     for split in manifest["splits"].values():
@@ -273,4 +273,4 @@ def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> TokenSplit
 
 
 def _damaged(folder: Path, what: str) -> UserError:
-    return UserError(f"{folder}: {what}; delete the folder, and it is built again")
+    return UserError(f"{folder}: {what}; delete the folder, and it is built again, or copied")
