@@ -10,7 +10,8 @@ import re
 import resource
 import shutil
 import signal
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,33 @@ def test_settings_that_would_train_something_else_on_one_process_are_told_on_bot
         both = [pool.submit(check_agreement, shared(given), store, process, 2) for given, process in asked]
         for one in both:
             with pytest.raises(UserError, match=f"process 1 .* than process 0: {told}; start every"):
+                one.result()
+
+
+class SlowToRead(torch.distributed.Store):
+    """A store whose verdict arrives late."""
+
+    def __init__(self, store: torch.distributed.Store, arrives: threading.Event) -> None:
+        super().__init__()
+        self.set, self.arrives, self.store = store.set, arrives, store
+
+    def get(self, key: str) -> bytes:
+        if key == "verdict":
+            assert self.arrives.wait(60)
+        return self.store.get(key)
+
+
+def test_process_0_holds_the_store_until_every_other_has_read_the_verdict(settings: Settings) -> None:
+    store, arrives = torch.distributed.HashStore(), threading.Event()
+    other = dataclasses.replace(settings, seed=5)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(check_agreement, shared(settings), store, 0, 2)
+        second = pool.submit(check_agreement, shared(other), SlowToRead(store, arrives), 1, 2)
+        ended_too_soon = wait([first], timeout=0.3).done
+        arrives.set()
+        assert not ended_too_soon
+        for one in (first, second):
+            with pytest.raises(UserError, match="seed=5, not 0"):
                 one.result()
 
 

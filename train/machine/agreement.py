@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from outgrow.model.base.errors import UserError
 from outgrow.train.start.neutral import flatten
 
 if TYPE_CHECKING:
-    import torch
-
     from outgrow.train.settings import Settings
 
 # what each process may have its own of: where a text lies on its machine, and what only process 0 does
 OWN = ("out", "name", "changes", "progress", "logger", "dry_run", "forecast")
 PLACES = ("folder", "path", "validation_path", "workers")  # of a text
+
+PARTING = timedelta(seconds=60)  # that process 0 waits for the others to read what it told
 
 
 def check_agreement(
@@ -44,7 +48,18 @@ def check_agreement(
         store.set("verdict", next(filter(None, verdicts), ""))
     verdict = store.get("verdict").decode()
     if verdict:
+        _part(store, process, count)
         raise UserError(verdict)
+
+
+def _part(store: torch.distributed.Store, process: int, count: int) -> None:
+    """Let process 0, which holds the store, end last: the others would lose it before they have read it."""
+    store.set(f"{process} has read the verdict", "")
+    if process == 0:
+        readers = [f"{other} has read the verdict" for other in range(1, count)]
+        # one that has died meanwhile is not waited for
+        with suppress(torch.distributed.DistError):
+            store.wait(readers, PARTING)
 
 
 def shared(settings: Settings) -> dict[str, Any]:
