@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_compare(add: Add) -> None:
     compare = add("compare", help="compare finished runs")
     _read_runs(compare, "run folders, as `outgrow train` writes them")
-    compare.add_argument("--out", type=Path, help="where the files go (default: runs/comparison-<study>)")
+    _out(compare, "runs/comparison-<study>")
     _mirror(compare)
 
 
@@ -100,12 +100,7 @@ def _add_horizons(add: Add) -> None:
         help="hold decayed ends against scratch's curve: the effective speed-up S of every arm",
     )
     _read_runs(horizons, "run folders that decayed to their ends, or records of such (ends.json)")
-    horizons.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/horizons"),
-        help="where the files go; a README.md there gets the table between its markers",
-    )
+    _out(horizons, "runs/horizons", "; a README.md there gets the table between its markers")
     _mirror(horizons)
 
 
@@ -118,13 +113,13 @@ def _add_frontier(add: Add) -> None:
         frontier,
         "run folders that decayed to their ends, records of such (ends.json), or a study that has one",
     )
-    frontier.add_argument("--out", type=Path, default=Path("runs/frontier"), help="where the files go")
+    _out(frontier, "runs/frontier")
 
 
 def _add_family(add: Add) -> None:
     family = add("family", help="sum the cost of products of several sizes, against scratch at equal losses")
     _read_runs(family, "runs that decayed, or a record of such")
-    family.add_argument("--out", type=Path, default=Path("runs/family"), help="where the files go")
+    _out(family, "runs/family")
 
 
 def _add_predict(add: Add) -> None:
@@ -178,6 +173,12 @@ def _read_runs(command: argparse.ArgumentParser, runs: str) -> None:
     command.add_argument("runs", nargs="+", metavar="RUN", help=runs)
 
 
+def _out(command: argparse.ArgumentParser, default: str, more: str = "") -> None:
+    beside = "one beside it, where that holds a result of other runs"
+    text = f"where the files go (default: {default}, or {beside}){more}"
+    command.add_argument("--out", type=Path, help=text)
+
+
 def _run_at_once(command: argparse.ArgumentParser) -> None:
     command.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one for each core)")
 
@@ -192,27 +193,30 @@ def _mirror(command: argparse.ArgumentParser) -> None:
 
 def _compare(options: argparse.Namespace) -> int:
     from outgrow.experiments.compare import compare
+    from outgrow.experiments.placing import by_hand, placed
 
     comparison = compare(options.runs)
-    study = comparison.study.replace(", ", "+")
-    out = options.out or Path("runs") / f"comparison-{study}"
-    publish(comparison, out, wandb=options.wandb)
+    default = by_hand(comparison.study.replace(", ", "+"))
+    with placed(options.out, default, options.runs) as out:
+        publish(comparison, out, wandb=options.wandb)
     return 0
 
 
 def _horizons(options: argparse.Namespace) -> int:
     from outgrow.experiments.horizon_report import TABLE, write
+    from outgrow.experiments.placing import placed
     from outgrow.experiments.prediction import RECORD as PREDICTION
     from outgrow.experiments.prediction import write_measured
     from outgrow.experiments.table import insert_table
 
-    for line in write(options.runs, options.out, wandb=options.wandb):
-        print(line)
-    if (options.out / PREDICTION).is_file():
-        print(write_measured(options.out))
-    readme = options.out / "README.md"
+    with placed(options.out, Path("runs/horizons"), options.runs) as out:
+        for line in write(options.runs, out, wandb=options.wandb):
+            print(line)
+    if (out / PREDICTION).is_file():
+        print(write_measured(out))
+    readme = out / "README.md"
     if readme.is_file():  # a study's folder, whose page shows the table
-        table = (options.out / TABLE).read_text(encoding="utf-8")
+        table = (out / TABLE).read_text(encoding="utf-8")
         insert_table(readme, table)
     return 0
 
@@ -220,19 +224,23 @@ def _horizons(options: argparse.Namespace) -> int:
 def _frontier(options: argparse.Namespace) -> int:
     from outgrow.experiments.ends import RECORD
     from outgrow.experiments.frontier_report import write
+    from outgrow.experiments.placing import placed
 
     records = {name: str(folder / RECORD) for name, folder in studies().items()}
     inputs = [records.get(name, name) for name in options.runs]
-    for line in write(inputs, options.out):
-        print(line)
+    with placed(options.out, Path("runs/frontier"), inputs) as out:
+        for line in write(inputs, out):
+            print(line)
     return 0
 
 
 def _family(options: argparse.Namespace) -> int:
+    from outgrow.experiments.placing import placed
     from outgrow.experiments.products import write
 
-    for line in write(options.runs, options.out):
-        print(line)
+    with placed(options.out, Path("runs/family"), options.runs) as out:
+        for line in write(options.runs, out):
+            print(line)
     return 0
 
 
