@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from outgrow.experiments.grown_run import Growth, read_growth
+from outgrow.experiments.run_start import RunStart, read_start
 from outgrow.experiments.runs import RUN_AGAIN, SCRATCH, Run
 from outgrow.model.base.errors import UserError
 from outgrow.train.machine.regime import multiplied
 from outgrow.train.run.folder import METRICS
 
 RECORD = "ends.json"  # the small record of a study's runs: what every table and picture is made of
-OPTIONAL = ("growth", "active")  # left out of the record where an end has none
+OPTIONAL = ("growth", "active", "start")  # left out of the record where an end has none
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class End:
     data: str  # fingerprint of the text
     growth: Growth | None = None  # inside the run, if it grew on its way
     active: int | None = None  # of the parameters, in a mixture of experts: those that each token meets
+    start: RunStart | None = None  # and what it read; None in older records
 
     @property
     def tokens_per_parameter(self) -> float:
@@ -53,6 +55,13 @@ class End:
     def paid(self) -> float:
         """FLOPs with the source's training included."""
         return self.flops + self.source_flops
+
+    @property
+    def rereads(self) -> bool | None:
+        """Whether the text is the one that its source was trained on; None where nobody knows."""
+        if self.start is None or self.start.source_data is None:
+            return None
+        return self.start.source_data == self.data
 
 
 def end_of(run: Run) -> End:
@@ -93,11 +102,13 @@ def end_of(run: Run) -> End:
         data=record.data.fingerprint,
         growth=read_growth(run.folder / METRICS, RUN_AGAIN),
         active=active,
+        start=read_start(run),
     )
 
 
 def each_once(found: Iterable[tuple[str, End]]) -> list[End]:
-    """The ends of several inputs, each once: a run has the same end as the record that was made of it.
+    """The ends of several inputs, each once: a run has the same end as the record that was made of it, which
+    may tell less of its start.
 
     Args:
         found: (input, end) pairs.
@@ -110,8 +121,12 @@ def each_once(found: Iterable[tuple[str, End]]) -> list[End]:
     faults = []
     for where, end in found:
         there, first = firsts.setdefault(_point(end), (where, end))
-        if first != end:
-            differing = _differing(first, end)
+        if first.start is None:
+            first = replace(first, start=end.start)
+            firsts[_point(end)] = there, first
+        other = replace(end, start=first.start)
+        if first != other:
+            differing = _differing(first, other)
             faults.append(
                 f"{there} and {where} both hold {end.arm} with {end.optimizer}, learning rate "
                 f"{end.learning_rate:g}, seed {end.seed}, {end.tokens:,} tokens, and differ in {differing}: "
@@ -247,4 +262,6 @@ def _end(row: Mapping[str, Any]) -> End:
     values = {name: row[name] for name in names}
     grown = row.get("growth")
     growth = None if grown is None else Growth(**grown)
-    return End(**values, growth=growth, active=row.get("active"))
+    started = row.get("start")
+    start = None if started is None else RunStart(**started)
+    return End(**values, growth=growth, active=row.get("active"), start=start)

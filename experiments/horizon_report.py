@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from outgrow.experiments.comparable import check_ends_comparable
 from outgrow.experiments.ends import RECORD, End, each_once, end_of, read_ends, write_ends
@@ -21,10 +21,8 @@ from outgrow.experiments.report import Page, render
 from outgrow.experiments.report import table as html_table
 from outgrow.experiments.rules import unheld, unrun
 from outgrow.experiments.runs import SCRATCH, LeftOut, Run, read_runs
+from outgrow.experiments.start_table import START_HEADINGS, START_NOTE, STARTED, start_cells
 from outgrow.experiments.table import UNDEFINED, write_csv
-
-if TYPE_CHECKING:
-    pass
 
 TABLE, PICTURE = "table.md", "horizons.png"
 LINES, REPORT = "horizons.csv", "report.html"
@@ -129,7 +127,7 @@ def read_inputs(inputs: Sequence[str]) -> tuple[list[Run], list[End], list[LeftO
 
 def markdown(rows: Sequence[Worth]) -> str:
     """The block that READMEs carry: the answer, the best of every arm, every seed where there are several,
-    and the recovery of what grew inside its run.
+    the recovery of what grew inside its run, and what is known of the starts.
     """
     parts = [answer(rows), table(rows)]
     if seeds := seed_cells(rows):
@@ -139,6 +137,8 @@ def markdown(rows: Sequence[Worth]) -> str:
         ]
     if grown := recovery_cells(rows):
         parts += [RECOVERED, markdown_table(RECOVERY_HEADINGS, grown)]
+    if started := start_cells(row.point for row in rows):
+        parts += [f"{STARTED}. {START_NOTE}", markdown_table(START_HEADINGS, started)]
     stripped = [part.rstrip("\n") for part in parts]
     block = "\n\n".join(stripped)
     return f"{block}\n"
@@ -148,7 +148,8 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     """A Markdown table: arm and optimizer to the left, numbers to the right."""
     numbers = len(headings) - 2
     alignment = "|---|---|" + "---:|" * numbers
-    joined = [" | ".join(cells) for cells in (headings, *rows)]
+    escaped = [[cell.replace("|", "\\|") for cell in cells] for cells in (headings, *rows)]
+    joined = [" | ".join(cells) for cells in escaped]
     heading, *body = [f"| {line} |" for line in joined]
     lines = "\n".join([heading, alignment, *body])
     return f"{lines}\n"
@@ -290,6 +291,9 @@ def html(study: str, rows: Sequence[Worth], picture: Path, remarks: Sequence[str
     if grown := recovery_cells(rows):
         explained = f"<p>{escape(RECOVERED)}</p>"
         parts += ["<h2>Recovery</h2>", explained, html_table(RECOVERY_HEADINGS, grown)]
+    if started := start_cells(row.point for row in rows):
+        explained = f"<p>{escape(START_NOTE)}</p>"
+        parts += [f"<h2>{STARTED}</h2>", explained, html_table(START_HEADINGS, started)]
     if remarks:
         listed = [f"<li>{escape(remark)}</li>" for remark in remarks]
         items = "".join(listed)

@@ -167,23 +167,35 @@ def _seeds(ends: Iterable[End]) -> str | None:
 
 
 def _receipt(ends: Iterable[End]) -> str | None:
-    inherit = {end.arm for end in ends if end.source_flops > 0}
-    if not inherit:
-        return None
-    return (
-        f"Rule 8, receipt: the losses at step 0 and max |Δlogit| of {_list(inherit)} stand in their "
-        "run.json, not here."
-    )
+    inherit = [end for end in ends if end.source_flops > 0]
+    untold = {end.arm for end in inherit if end.start is None}
+    unmeasured = {end.arm for end in inherit if end.start is not None and not end.start.is_whole}
+    remarks = []
+    if untold:
+        remarks.append(
+            f"the losses at step 0 and max |Δlogit| of {_list(untold)} stand in their run.json, not here"
+        )
+    if unmeasured:
+        remarks.append(f"none was measured of {_list(unmeasured)}")
+    return _sentence("Rule 8, receipt", remarks)
 
 
 def _seen(ends: Iterable[End]) -> str | None:
-    inherit = {end.arm for end in ends if end.source_flops > 0}
-    if not inherit:
-        return None
-    return (
-        f"Rule 10, what was seen: {_list(inherit)} may read text again that their source has read; the "
-        "passes over the text are told when a run starts, not here."
-    )
+    inherit = [end for end in ends if end.source_flops > 0]
+    unsure = {end.arm for end in inherit if end.rereads is None}
+    uncounted = {end.arm for end in inherit if end.start is None or end.start.passes is None}
+    remarks = []
+    if unsure:
+        remarks.append(f"{_list(unsure)} may read text again that their source has read")
+    if uncounted:
+        whose = "" if uncounted == unsure else f" of {_list(uncounted)}"
+        remarks.append(f"the passes over the text{whose} are told when a run starts, not here")
+    return _sentence("Rule 10, what was seen", remarks)
+
+
+def _sentence(rule: str, remarks: Sequence[str]) -> str | None:
+    """The remarks on one rule as a sentence; None without any."""
+    return f"{rule}: {'; '.join(remarks)}." if remarks else None
 
 
 def _validation(ends: Iterable[End]) -> str | None:

@@ -26,9 +26,11 @@ from outgrow.experiments.horizon_answer import answer
 from outgrow.experiments.horizon_picture import COLOURS, GREY, build
 from outgrow.experiments.horizon_report import markdown, read_inputs, table, write
 from outgrow.experiments.horizons import BaselineCurve, baseline, best_points, worths
+from outgrow.experiments.run_start import RunStart
 from outgrow.experiments.study_file import HERE
 from outgrow.experiments.table import check_table
 from outgrow.model.base.errors import UserError
+from outgrow.train.data.shards import fingerprint, write_manifest
 
 BASE = End("x", "scratch", "adamw", 1e-2, 4096, 0, 1000, 20_000, 1e12, 0.0, 3.0, 4096, "cpu", "text")
 
@@ -164,6 +166,95 @@ def test_tokens_count_per_parameter_that_a_token_meets(tmp_path: Path) -> None:
     assert [point.tokens_per_parameter for point in best_points([CONTROL])] == [10_000 / 300]
     rows = worths([CONTROL, *SCRATCH_ENDS, mixture])
     assert "\n| mixture | adamw | 0.0 M | 40 |" in table(rows)
+
+
+# ---- how each arm started and what it read -----------------------------------------------------------------
+
+RECEIPT = {"max_delta": 3e-7, "kl": 2e-14}
+LOSSLESS = RunStart("lossless", 4.0, True, 3e-7, 2e-14, 0.5, "text")
+
+
+def text_of(folder: Path, tokens: int) -> str:
+    """Write the manifest of a text of so many training tokens; return its fingerprint."""
+    folder.mkdir(parents=True)
+    splits = {"train": {"tokens": tokens}, "validation": {"tokens": 64}}
+    manifest = {"tokenizer": {}, "dtype": "uint16", "splits": splits}
+    mark = fingerprint(manifest)
+    write_manifest(folder, manifest | {"fingerprint": mark})
+    return mark
+
+
+def test_an_end_tells_how_its_run_started_and_what_it_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text_of(Path("data/own"), 900)  # the same text, cut by its own tokenizer
+    mark = text_of(Path("data/own-12345678"), 800)  # and by the source's
+    read = {"settings.data": {"name": "own", "corpus": "stdlib"}, "data.fingerprint": mark}
+    source = {"path": "runs/s/final", "tokens": 300, "flops": 1500.0, "val_loss": 4.0}
+    fabricate(Path("runs"), "scratch", [6.0, 5.0, 4.0], folder="s", **read)
+    grown = read | {"start.operator": "lossless", "start.lossless": True, "start.receipt": RECEIPT}
+    run = str(decayed(tmp_path, "grown", [400], losses=[4.0, 3.5, 3.0, 2.5, 2.0], source=source, **grown))
+    (end,) = read_inputs([run])[1]
+    assert end.start == RunStart("lossless", 4.0, True, 3e-7, 2e-14, 0.5, mark)
+    assert end.rereads
+
+    fabricate(Path("again"), "scratch", [6.0, 5.0, 3.9], folder="s", **read)  # the source, trained anew
+    Path("runs").rename("old")
+    Path("again").rename("runs")
+    Path("data/own-12345678").rename("data/away")
+    (end,) = read_inputs([run])[1]
+    assert end.start == RunStart("lossless", 4.0, True, 3e-7, 2e-14)  # passes and source are not known
+    assert end.rereads is None
+
+
+def test_passes_of_a_mixture_are_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its texts is read as often as it says."""
+    monkeypatch.chdir(tmp_path)
+    mark = text_of(Path("data/own"), 800)
+    read = {"settings.data": {"name": "own", "corpus": "stdlib"}, "data.fingerprint": mark}
+    run = str(decayed(tmp_path, "run", [200], **read, **{"settings.mixture": {"phases": []}}))
+    (end,) = read_inputs([run])[1]
+    assert end.start == RunStart("unknown", 5.0)
+
+
+def test_a_record_keeps_the_start_and_an_older_one_takes_it_from_its_runs(tmp_path: Path) -> None:
+    run = str(decayed(tmp_path, "run", [200], losses=[5.0, 4.0, 3.0]))
+    (told,) = read_inputs([run])[1]
+    assert told.start == RunStart("unknown", 5.0)
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    write_ends(new, [told])
+    write_ends(old, [dataclasses.replace(told, start=None)])
+    assert read_ends(new) == [told]
+    assert "start" not in old.read_text()
+    for inputs in ([str(old), run], [run, str(old)], [str(old), str(new)]):
+        assert read_inputs(inputs)[1] == [told]
+
+
+def test_a_table_tells_how_each_arm_started_and_what_it_read() -> None:
+    scratch = RunStart("scratch", 5.8, passes=0.5)
+    ends = [dataclasses.replace(end, start=scratch) for end in SCRATCH_ENDS]
+    other = dataclasses.replace(LOSSLESS, val_loss=4.1, max_delta=5e-7, kl=1e-14)
+    for seed, start in enumerate((LOSSLESS, other)):
+        ends.append(end("grown", 2e12, 2.5, source_flops=0.5e12, seed=seed, name=f"g{seed}", start=start))
+    longer = dataclasses.replace(LOSSLESS, passes=1.25, source_data="cut otherwise")
+    ends.append(end("longer", 2e12, 2.6, source_flops=0.5e12, start=longer))
+    ends.append(end("longer", 1e12, 2.7, source_flops=0.5e12, start=LOSSLESS))
+    silent = RunStart("tile", 6.0, False)
+    ends.append(end("silent", 2e12, 2.7, source_flops=0.5e12, start=silent))
+    block = markdown(worths([CONTROL, *ends]))
+    assert block.endswith(
+        """
+| arm | optimizer | lossless | loss at step 0 | max \\|Δlogit\\| | KL, nats | passes over the text | text of its source |
+|---|---|---:|---:|---:|---:|---:|---:|
+| grown | adamw | yes | 4.0500 | 5e-07 | 2e-14 | 0.50 | read again |
+| longer | adamw | yes | 4.0000 | 3e-07 | 2e-14 | 1.25 | other tokens |
+| scratch | adamw | – | 5.8000 | – | – | 0.50 | – |
+| silent | adamw | no | 6.0000 | – | – | – | not known |
+"""
+    )
+    untold = [dataclasses.replace(end, start=None) for end in [CONTROL, *ends]]
+    assert "How each arm started" not in markdown(worths(untold))
 
 
 # ---- what a reader is shown --------------------------------------------------------------------------------

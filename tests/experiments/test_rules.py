@@ -13,6 +13,7 @@ from outgrow.experiments.ends import End, write_ends
 from outgrow.experiments.grown_run import Growth
 from outgrow.experiments.horizon_report import write
 from outgrow.experiments.rules import unheld, unrun
+from outgrow.experiments.run_start import RunStart
 from outgrow.experiments.study_file import load_study
 
 BASE = End("x", "scratch", "muon", 1e-2, 4096, 0, 1000, 20_000, 1e12, 0.0, 3.0, 524_288, "cpu", "text")
@@ -52,7 +53,7 @@ def kept() -> list[End]:
 
 
 def named(ends: list[End]) -> list[str]:
-    """What is named, but for the rules of which an end never tells."""
+    """What is named, but for the rules of which these ends do not tell."""
     return [remark for remark in unheld(ends) if not remark.startswith(("Rule 8,", "Rule 10,"))]
 
 
@@ -67,6 +68,47 @@ def test_nothing_is_named_where_every_rule_is_kept() -> None:
         "Rule 8, receipt: the losses at step 0 and max |Δlogit| of grown, null_control "
     )
     assert seen.startswith("Rule 10, what was seen: grown, null_control may read text again")
+
+
+WHOLE = RunStart("lossless", 4.0, True, 3e-7, 2e-14, 0.5, "text")
+
+
+@pytest.mark.parametrize(
+    ("start", "remarks"),
+    [
+        (WHOLE, []),
+        (dataclasses.replace(WHOLE, source_data="other"), []),
+        (RunStart("source", 4.0, True, passes=0.5, source_data="text"), []),  # nothing grew
+        (dataclasses.replace(WHOLE, max_delta=None), ["Rule 8, receipt: none was measured of grown."]),
+        (
+            dataclasses.replace(WHOLE, passes=None),
+            [
+                "Rule 10, what was seen: the passes over the text of grown are told when a run starts, not here."
+            ],
+        ),
+        (
+            dataclasses.replace(WHOLE, source_data=None),
+            ["Rule 10, what was seen: grown may read text again that their source has read."],
+        ),
+        (
+            None,
+            [
+                "Rule 8, receipt: the losses at step 0 and max |Δlogit| of grown stand in their run.json, "
+                "not here.",
+                "Rule 10, what was seen: grown may read text again that their source has read; the passes "
+                "over the text are told when a run starts, not here.",
+            ],
+        ),
+    ],
+)
+def test_what_a_record_tells_of_starts_is_not_named_as_missing(
+    start: RunStart | None, remarks: list[str]
+) -> None:
+    ends = []
+    for end in kept():
+        own = start if end.arm == "grown" else WHOLE if end.source_flops else None
+        ends.append(dataclasses.replace(end, start=own))
+    assert unheld(ends) == remarks
 
 
 @pytest.mark.parametrize(
