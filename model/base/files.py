@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,14 +74,23 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     """Let one process make `folder` in the block, while others that come wait their turn; the lock lies
     beside it.
 
+    Who waits long says for whom; of several processes of one run, process 0.
+
     Raises:
         UserError: the disk is full or not writable.
     """
+
+    def tell(holder: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{folder}: is being made right now; waiting for {holder}", file=sys.stderr)
+
     with telling_disk_faults(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder.with_name(folder.name + ".lock"))
-        lock.wait()
     with lock:
+        with telling_disk_faults(folder):
+            lock.wait(tell)
+            lock.sign()
         yield
 
 

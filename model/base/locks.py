@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any
 
 HEARTBEAT_SECONDS, STALE_SECONDS, POLL_SECONDS = 5.0, 60.0, 0.01
+PATIENCE_SECONDS = 3.0  # that another's lock is waited for in silence
 NAME_CHARACTERS = 150  # of what is locked, in the name of a claim
 _told: set[Path] = set()  # folders that were said to have no locks
 
@@ -66,10 +67,24 @@ class Lock:
                 self._claim = _Claim(self.path)
         return self._claim.take(shared)
 
-    def wait(self, poll_seconds: float = 0.1) -> None:
-        """Hold the lock alone, as soon as it is free."""
+    def wait(self, tell: Callable[[str], None], poll_seconds: float = 0.1) -> None:
+        """Hold the lock alone, as soon as it is free; after `PATIENCE_SECONDS` tell once who holds it."""
+        patience = time.monotonic() + PATIENCE_SECONDS
+        told = False
         while not self.take():
+            if not told and time.monotonic() > patience:
+                tell(self.holder() or self._signature() or "another process")
+                told = True
             time.sleep(poll_seconds)
+
+    def sign(self) -> None:
+        """Write into the file who holds it, which the operating system's lock does not tell."""
+        signature = f"process {os.getpid()} on {socket.gethostname()}\n"
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, signature.encode(), 0)
+
+    def _signature(self) -> str:
+        return self.path.read_text(encoding="utf-8", errors="replace").strip()
 
     def holder(self) -> str:
         """Say who holds the lock, and until when it counts, where a file tells it; "" elsewhere."""

@@ -6,7 +6,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ import pytest
 
 from outgrow.model.base import locks
 from outgrow.model.base.errors import UserError
+from outgrow.model.base.files import one_at_a_time
 from outgrow.model.base.locks import Lock
 from outgrow.train.run.folder import locked
 
@@ -63,9 +66,47 @@ def test_what_another_gives_up_is_waited_for(system: Any, tmp_path: Path) -> Non
     assert first.take()
     threading.Timer(0.3, first.close).start()
     before = time.monotonic()
-    second.wait(0.01)
+    second.wait(pytest.fail, 0.01)
     assert time.monotonic() - before > 0.2
     second.close()
+
+
+def test_who_waits_long_says_once_for_whom(
+    system: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(locks, "PATIENCE_SECONDS", 0.2)
+    folder = tmp_path / "text"
+    made: list[str] = []
+
+    def second() -> None:
+        with one_at_a_time(folder):
+            made.append("second")
+
+    waiting = threading.Thread(target=second)
+    with one_at_a_time(folder):
+        waiting.start()
+        time.sleep(0.6)
+        made.append("first")
+    waiting.join(60)
+    assert made == ["first", "second"]
+    said = [line for line in capsys.readouterr().err.splitlines() if "no file locks" not in line]
+    assert len(said) == 1
+    told = rf"process {os.getpid()} on {re.escape(socket.gethostname())}\b"
+    assert re.match(rf"{folder}: is being made right now; waiting for {told}", said[0])
+
+
+@pytest.mark.parametrize("signature", [b"", b"\xff"])
+def test_an_unsigned_lock_is_waited_for_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signature: bytes
+) -> None:
+    monkeypatch.setattr(locks, "PATIENCE_SECONDS", 0.0)
+    (tmp_path / "file").write_bytes(signature)
+    told: list[str] = []
+    with Lock(tmp_path / "file") as first, Lock(tmp_path / "file") as second:
+        assert first.take()
+        threading.Timer(0.1, first.close).start()
+        second.wait(told.append, 0.01)
+    assert told == [signature.decode(errors="replace") or "another process"]
 
 
 RACING = """
