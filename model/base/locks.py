@@ -5,7 +5,8 @@ The operating system's lock (`flock`) is on a folder or file itself, leaves noth
 process. Many network file systems have none. There a lock is a file `.<name>.lock-…` beside what is locked:
 who wants the lock puts a claim there, looks at the others' claims, and holds the lock when none stands
 against it; of several that want it at once the lowest number gets it. A claim is touched every few seconds by
-its process, so that one which was left by a kill is known by its age (on its own host, at once).
+its process, so that one which was left by a kill is known by its age (at once, where its
+process would be seen).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -186,7 +188,8 @@ class _Claim:
             with self._file.open("a") as file:
                 file.write(line)
             return
-        process = {"host": socket.gethostname(), "pid": os.getpid()}
+        pid = os.getpid()
+        process = {"host": socket.gethostname(), "space": _space(), "pid": pid, "born": _born(pid)}
         owner = json.dumps(process)
         self._file.write_text(f"{owner}\n{line}")
         self._ended = threading.Event()
@@ -219,32 +222,59 @@ class _Claim:
 
 
 def _is_left_over(age: float, lines: list[str]) -> bool:
-    """Check whether a claim's process has ended: on this host by its number, elsewhere by the claim's age in
-    seconds.
+    """Check whether a claim's process has ended: where this process sees it, by its number and the time it
+    began at, elsewhere by the claim's age in seconds.
     """
     if age > STALE_SECONDS:
         return True
     if len(lines) < 2:
         return False
     owner = _owner(lines)
-    is_ours = owner.get("host") == socket.gethostname()
-    return is_ours and not _runs(owner["pid"])
+    is_seen = (owner.get("host"), owner.get("space")) == (socket.gethostname(), _space())
+    return is_seen and not _runs(owner["pid"], owner["born"])
 
 
 def _owner(lines: list[str]) -> Mapping[str, Any]:
-    """The host and pid in a claim's first line; nothing where that is not written yet, or damaged."""
+    """What a claim's first line says of its process; nothing where that is not written yet, or damaged."""
     try:
         owner = json.loads(lines[0])
-        return {"host": str(owner["host"]), "pid": int(owner["pid"])}
-    except (IndexError, ValueError, TypeError, KeyError):
+        numbers = {"space": str(owner.get("space")), "born": str(owner.get("born"))}
+        return {"host": str(owner["host"]), "pid": int(owner["pid"]), **numbers}
+    except (IndexError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
-def _runs(pid: int) -> bool:
+@cache
+def _space() -> str:
+    """Where process numbers mean what they mean here: containers that share a host's name have numbers of
+    their own. "" where the system does not tell.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _born(pid: int) -> str:
+    """When a process began, in ticks of its kernel; "ended" where only its status is left for its parent to
+    read, "" where the system does not tell.
+    """
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return ""
+    _, _, fields = status.rpartition(") ")  # behind the name, which may hold anything
+    state, *numbers = fields.split()
+    return "ended" if state in "ZX" else numbers[18]
+
+
+def _runs(pid: int, born: str) -> bool:
+    """Check whether the process of that number that began then is there."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's
-        return True
-    return True
+        pass
+    return _born(pid) in (born, "")

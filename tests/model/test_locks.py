@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import re
 import signal
@@ -155,6 +156,51 @@ def test_a_kill_frees_it_on_its_own_host(tmp_path: Path, monkeypatch: pytest.Mon
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         assert lock.take()
+
+
+def test_a_kill_frees_it_before_the_parent_has_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's first process often never does: the number stays taken."""
+    monkeypatch.setattr(fcntl, "flock", lacking(errno.ENOSYS))
+    command = [sys.executable, "-c", HOLDING, str(tmp_path / "file")]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder,
+        Lock(tmp_path / "file") as lock,
+    ):
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert not lock.take()
+        holder.kill()
+        assert holder.stdout.read() == ""  # until it has ended; not waited for
+        until = time.monotonic() + 30
+        while not lock.take():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "free"),
+    [
+        ({}, False),
+        ({"born": "1"}, True),  # the number of one that has ended is another's now
+        ({"pid": 2**22 + 1}, True),  # no process has this number
+        ({"pid": 2**22 + 1, "space": "another container"}, False),  # there one may have it
+        ({"pid": 2**22 + 1, "host": "elsewhere"}, False),
+    ],
+    ids=str,
+)
+def test_a_fresh_claim_counts_unless_its_process_is_seen_to_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], free: bool
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lacking(errno.ENOSYS))
+    with Lock(tmp_path / "file") as first, Lock(tmp_path / "file") as second:
+        assert first.take()
+        (claim,) = tmp_path.glob(".file.lock-*")
+        owner, *states = claim.read_text().splitlines()
+        owner = json.dumps(json.loads(owner) | change)
+        claim.write_text("\n".join([owner, *states, ""]))
+        assert second.take() is free
 
 
 @pytest.mark.parametrize(("age", "free"), [(5, False), (locks.STALE_SECONDS + 5, True)])
