@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -52,7 +51,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Extent:
-    """The part of the study that is run. `overrides` are of all its arms, before their own."""
+    """The part of the study that is run.
+
+    `overrides` are of all its arms, before their own: what an arm says itself holds. `arm_overrides` come
+    after an arm's own, such as shorter horizons of an arm that names its own.
+    """
 
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -60,6 +63,7 @@ class Extent:
     # seeds on which every factor is run, the others at factor 1 only; null: all of them
     tuning_seeds: tuple[int, ...] | None = None
     overrides: tuple[str, ...] = ()
+    arm_overrides: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,7 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
     faults: dict[str, list[str]] = defaultdict(list)  # what is wrong → the arms of which that is true
     for name in extent.arms:
         try:
-            shared[name] = _arm_overrides(study, name, extent.overrides)
+            shared[name] = _arm_overrides(study, name, extent)
             job_of(name, shared[name])
         except UserError as fault:
             faults[str(fault)].append(name)
@@ -214,15 +218,16 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
     return runs
 
 
-def _arm_overrides(study: Study, name: str, of_all: Sequence[str]) -> list[str]:
-    """The overrides that all runs of an arm share. `of_all` arms are those of the extent."""
+def _arm_overrides(study: Study, name: str, extent: Extent) -> list[str]:
+    """The overrides that all runs of an arm share in an extent."""
     arm = study.arms[name]
     growth = arm.growth or name
     names = [f"growth={growth}", f"growth.name={study.counts_as(name)}"]
     start = start_of(study)
     if arm.source is not None:
         start = [f"source=runs/{_source_run(study, arm.source)}/final"]
-    overrides = [*study.runs, *of_all, *start, *names, *arm.overrides]
+    last = extent.arm_overrides.get(name, ())
+    overrides = [*study.runs, *extent.overrides, *start, *names, *arm.overrides, *last]
     if growth in CONTROLS:
         overrides += equal_flops(overrides)
     return overrides
@@ -312,6 +317,10 @@ def _disagreements(study: Study) -> list[str]:
             if source is not None and source not in study.sources:
                 hint = did_you_mean(source, study.sources)
                 faults.append(f"arms.{name}.source: unknown source {source!r}; {hint}")
+        for name in extent.arm_overrides:
+            if name not in extent.arms:
+                hint = did_you_mean(name, extent.arms)
+                faults.append(f"{key}.arm_overrides: {name!r} is not among {key}.arms; {hint}")
         has_scratch = SCRATCH in map(study.counts_as, known)
         if not (has_scratch or study.judged_on or unknown_arms):
             faults.append(

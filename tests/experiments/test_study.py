@@ -315,6 +315,12 @@ def test_a_wrong_definition_names_every_fault(tmp_path: Path, monkeypatch: pytes
     assert "judged_on: unknown data 'stdlb'; did you mean 'stdlib'" in str(caught.value)
     assert "arms.plain.learning_rate: missing; full has a grid around it" in str(caught.value)
     text = (tmp_path / "tiny_rewarm" / "study.yaml").read_text().replace("judged_on: [stdlb]\n", "")
+    named = text.replace("seeds: [0]}", "seeds: [0], arm_overrides: {plian: [seed=1]}}")
+    (tmp_path / "tiny_rewarm" / "study.yaml").write_text(named)
+    with pytest.raises(
+        UserError, match=r"demo\.arm_overrides: 'plian' is not among demo\.arms; did you mean"
+    ):
+        load_study("tiny_rewarm")
     (tmp_path / "tiny_rewarm" / "study.yaml").write_text(text)
     with pytest.raises(UserError, match=r"demo\.arms: none counts as scratch, .* add it, or judged_on"):
         load_study("tiny_rewarm")
@@ -333,6 +339,14 @@ def test_an_arm_may_start_from_a_source_of_its_own_and_an_extent_shorten_all(els
     assert study.arms["scratch"].overrides == (f"schedule.horizons=[{own}]",)
     assert len(scratch.settings.schedule.horizons) > 2  # its own, not the extent's
     assert control.settings.schedule.horizons == (835_584, 3_325_952)  # for the same FLOPs
+
+    shorter = {name: ("schedule.horizons=[450560]",) for name in ("scratch", "source")}
+    demo = replace(demo, arms=(*demo.arms, "source"), arm_overrides=shorter)
+    scratch, grown, _, control = jobs(study, demo)
+    assert scratch.settings.schedule.horizons == (450_560,)  # after its own
+    assert grown.settings.schedule.horizons == (450_560, 1_794_048)
+    assert control.settings.schedule.horizons == (835_584,)
+    assert scratch.folder.name == "from_a_trained_source-scratch-lr0.024-s0-t450560"  # the same run as ever
 
     text = (HERE / study.name / "study.yaml").read_text().replace("source: stable60,", "source: stable61,")
     place = elsewhere / "experiments" / study.name
