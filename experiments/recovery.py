@@ -92,8 +92,12 @@ def _alike(one: Point, other: Point) -> bool:
 
 
 def _gap(point: Point, of_scratch: Mapping[tuple[str, int], Point]) -> float | None:
+    """Grown − scratch, the mean over the seeds that both have; None where they share none."""
     scratch = of_scratch.get(_moment(point))
-    return None if scratch is None else point.val_loss - scratch.val_loss
+    if scratch is None:
+        return None
+    losses = _paired(point, scratch)
+    return losses[0] - losses[1] if losses else None
 
 
 def _share(
@@ -102,14 +106,27 @@ def _share(
     controls: Mapping[tuple[str, int], Point],
     of_scratch: Mapping[tuple[str, int], Point],
 ) -> float | None:
-    """R; None where scratch or the control has no end at these tokens, or scratch is not below it."""
+    """R over the seeds that all three have; None where scratch or the control has no end at these tokens, or
+    scratch is not below it.
+    """
     control = controls.get(_moment(point))
     if control is None or gap is None:
         return None
-    scratch = of_scratch[_moment(point)]
-    room = control.val_loss - scratch.val_loss
-    regained = control.val_loss - point.val_loss
-    return regained / room if room > 0 else None
+    losses = _paired(point, of_scratch[_moment(point)], control)
+    if losses is None:
+        return None
+    grown, scratch, small = losses
+    room = small - scratch
+    return (small - grown) / room if room > 0 else None
+
+
+def _paired(*points: Point) -> list[float] | None:
+    """The mean loss of each point over the seeds that all of them have; None where they share none."""
+    shared = set.intersection(*({end.seed for end in point.ends} for point in points))
+    if not shared:
+        return None
+    own = ([end.val_loss for end in point.ends if end.seed in shared] for point in points)
+    return [fmean(losses) for losses in own]
 
 
 def _spike(point: Point) -> float | None:

@@ -51,6 +51,15 @@ def test_r_is_the_share_of_the_way_from_the_control_to_scratch() -> None:
     assert measured[0].mixing == MixingTime(pytest.approx(6e6 * (14 / 6) ** 0.4))
 
 
+def test_an_arm_of_one_seed_is_held_against_scratch_and_control_of_that_seed() -> None:
+    other_seed = [end("scratch", 8, 1.0, seed=1), end("small", 8, 1.5, seed=1)]
+    measured = recoveries(best_points([*ENDS, *other_seed]), "scratch")
+    assert measured[1].gap == pytest.approx(0.015)
+    assert measured[1].share == pytest.approx(0.585 / 0.6)
+    stranger = [dataclasses.replace(one, seed=2) if one.arm == "stack" else one for one in ENDS]
+    assert {(one.gap, one.share) for one in recoveries(best_points(stranger), "scratch")} == {(None, None)}
+
+
 @pytest.mark.parametrize(
     ("gaps", "expected"),
     [
