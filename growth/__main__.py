@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from outgrow.model.base.compose import CONF, compose_config
 from outgrow.model.base.errors import UserError, not_installed
 from outgrow.model.base.interrupt import started
+from outgrow.model.base.overrides import own_folder
 from outgrow.model.base.settings import settings_of
 
 if TYPE_CHECKING:
@@ -79,14 +80,15 @@ class Settings:
 
 
 def settings_from(arguments: list[str]) -> Settings:
-    """Typed settings from `key=value` arguments.
+    """Typed settings from `key=value` arguments, and leaves of the user's own from `--config-dir DIR`.
 
     Raises:
         UserError: every unknown, missing and mistyped key, at once.
     """
+    own, overrides = own_folder(arguments)
     # `receipt=false` is short for `receipt.measure=false`.
-    spelt = [re.sub(r"^receipt=(?!\{)", "receipt.measure=", argument) for argument in arguments]
-    cfg, faults = compose_config(CONF, "grow", spelt)
+    spelt = [re.sub(r"^receipt=(?!\{)", "receipt.measure=", override) for override in overrides]
+    cfg, faults = compose_config(CONF, "grow", spelt, own)
     return settings_of(Settings, cfg, faults, _disagreements)
 
 

@@ -29,7 +29,8 @@ import time
 import traceback
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -39,17 +40,19 @@ from omegaconf import DictConfig
 from outgrow.model.base.compose import CONF
 from outgrow.model.base.errors import UserError, in_one_line
 from outgrow.model.base.interrupt import Terminated, started, terminable
-from outgrow.model.base.overrides import plain_text
+from outgrow.model.base.overrides import own_folder, plain_text
 from outgrow.train.compose import compose, settings_from
 from outgrow.train.run.trackers import check_installed
 from outgrow.train.settings import Settings
 from outgrow.train.start.naming import tell_changes
 
+if TYPE_CHECKING:
+    from hydra.conf import HydraConf
+
 FIRST_SECONDS = 5.0  # that the first process is given to tell an error
 INTERRUPTED = 130  # as a shell ends what Ctrl-C stopped
 
 
-FOLDER_FLAGS = ("--config-dir", "-cd")  # whose value, a folder, may have a "=" in its name
 FAILED: list[str] = []  # the points of this process' sweep that ended with an error, with the reason
 
 
@@ -61,7 +64,7 @@ def _hydra(cfg: DictConfig) -> None:
     running = HydraConfig.get()
     if slurm.in_job():
         slurm.join()
-    tell_changes(cfg, running.overrides.task)
+    tell_changes(cfg, running.overrides.task, _own_folder(running))
     try:
         _train(settings_from(cfg))
     except (
@@ -86,7 +89,7 @@ def main() -> None:
     """
     try:
         with terminable(signal.SIGUSR1, signal.SIGUSR2):
-            _run(list(map(plain_text, sys.argv[1:])))
+            _run(sys.argv[1:])
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt as stop:
@@ -94,35 +97,38 @@ def main() -> None:
         sys.exit(os.EX_TEMPFAIL if isinstance(stop, Terminated) else INTERRUPTED)
 
 
-def _run(arguments: list[str]) -> None:
-    sys.argv[1:] = arguments
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    overrides = [argument for argument in arguments if argument not in flags]
+def _own_folder(running: HydraConf) -> Path | None:
+    """The folder that --config-dir named, of a job as well that another process started."""
+    own = [source.path for source in running.runtime.config_sources if source.provider == "command-line"]
+    return Path(own[0]) if own else None
+
+
+def _run(arguments: Sequence[str]) -> None:
+    own, words = own_folder(arguments)
+    words = list(map(plain_text, words))
+    flags = [word for word in words if word.startswith("-")]
+    overrides = [word for word in words if word not in flags]
+    # Hydra's parser takes no flag between the overrides
+    named = [] if own is None else ["--config-dir", str(own)]
+    sys.argv[1:] = [*named, *flags_first(words)]
     if not flags:
-        _train(compose(overrides))
+        _train(compose(overrides, own))
     elif set(flags) <= {"-m", "--multirun"}:
-        _sweep(overrides)
+        _sweep(overrides, own)
     else:
-        sys.argv[1:] = flags_first(arguments)
         _hydra()
 
 
 def flags_first(arguments: Sequence[str]) -> list[str]:
-    """Hydra's flags, with their values, before the overrides: its parser takes none between them."""
-    flags: list[str] = []
-    overrides: list[str] = []
-    before = ""
-    for text in arguments:
-        is_value = before in FOLDER_FLAGS
-        is_override = "=" in text and not text.startswith("-") and not is_value
-        (overrides if is_override else flags).append(text)
-        before = text
+    """Hydra's flags, with their values, before the overrides."""
+    overrides = [text for text in arguments if "=" in text and not text.startswith("-")]
+    flags = [text for text in arguments if text not in overrides]
     return [*flags, *overrides]
 
 
-def _sweep(overrides: list[str]) -> None:
+def _sweep(overrides: list[str], own: Path | None) -> None:
     """Train every point, one after another or as jobs; exit with status 1 where one of them failed."""
-    points = _check_sweep(overrides)
+    points = _check_sweep(overrides, own)
     if any(override.startswith("hydra/launcher=") for override in overrides):
         names = [f"  {point.name} → {point.out}" for point in points]
         heading = f"submitting {len(points)} jobs:"
@@ -142,7 +148,7 @@ def _sweep(overrides: list[str]) -> None:
         _fail("\n".join((summary, *lines)), status=1)
 
 
-def _check_sweep(overrides: list[str]) -> list[Settings]:
+def _check_sweep(overrides: list[str], own: Path | None = None) -> list[Settings]:
     """Compose the points of a sweep, and report the faults of all of them before the first one trains.
 
     Raises:
@@ -152,12 +158,12 @@ def _check_sweep(overrides: list[str]) -> list[Settings]:
     from outgrow.train.start.naming import same_folder
 
     _check_launcher(overrides)
-    points = sweep_points(overrides)
+    points = sweep_points(overrides, own)
     faults: list[str] = []
     settings: list[Settings] = []
     for point in points:
         try:
-            settings.append(compose(point))
+            settings.append(compose(point, own))
             check_installed(settings[-1].logger.trackers)
         except UserError as error:
             faults.append(str(error))

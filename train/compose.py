@@ -7,6 +7,7 @@ Nothing here imports torch, so that a misspelt key is answered at once. No code 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outgrow.model.base.compose import CONF, compose_config
@@ -19,15 +20,18 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def compose(overrides: list[str]) -> Settings:
+def compose(overrides: list[str], own: Path | None = None) -> Settings:
     """Settings of `conf/train.yaml` under Hydra overrides (`["experiment=tiny", "seed=1"]`).
+
+    Args:
+        own: a folder of the user's, with further leaves.
 
     Raises:
         UserError: every fault of the overrides and of what they compose to, in one message.
     """
-    cfg, faults = compose_config(CONF, "train", overrides)
+    cfg, faults = compose_config(CONF, "train", overrides, own)
     if not faults:
-        tell_changes(cfg, overrides)
+        tell_changes(cfg, overrides, own)
     return settings_from(cfg, faults)
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.resources import files
@@ -15,11 +16,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outgrow.model.base.errors import UserError, did_you_mean, first_line, nearest
+from outgrow.model.base.errors import UserError, did_you_mean, first_line, near_matches, nearest
 from outgrow.model.base.overrides import each_dict_once, parse
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
+    from hydra.errors import MissingConfigException
     from omegaconf import DictConfig
     from yaml import YAMLError
 
@@ -29,13 +31,18 @@ TYPING = 0.75  # what a mistyped name has in common with the right one
 MISSING = "???"  # Hydra's mark of a value that has to be given
 
 
-def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
+def compose_config(
+    folder: Path, name: str, overrides: list[str], own: Path | None = None
+) -> tuple[DictConfig, list[str]]:
     """Compose `folder/name.yaml` with the overrides that hold; return it with the faults of those that do
     not.
 
     Hydra stops at the first wrong override; here all of them are told, with near matches.
+
+    Args:
+        own: a folder of the user's, with further leaves of the groups.
     """
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, MissingConfigException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -44,7 +51,8 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
     attempts = [parse(text, faults) for text in overrides]
     parsed = [override for override in attempts if override is not None]
     parsed = each_dict_once(parsed, faults)
-    tree = _tree(folder)
+    tree = _tree(folder, own)
+    faults += _hidden(tree)
     try:
         groups = _groups(tree, name)
     except UserError as fault:  # the file itself is no YAML
@@ -52,7 +60,7 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
         return OmegaConf.create({}), faults
     leaves = [override for override in parsed if _is_choice(groups, override)]
     assignments = [override for override in parsed if override not in leaves]
-    choices = [override for override in leaves if _choice_holds(folder, override, faults)]
+    choices = [override for override in leaves if _choice_holds(tree, override, faults)]
     try:
         cfg = _chosen(tree, name, choices)
         values = [override for override in assignments if _key_holds(cfg, override, groups, faults)]
@@ -63,8 +71,13 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
         plain_values = [value for value in values if value not in changes]
         _set(cfg, plain_values, folder / f"{name}.yaml")
         return cfg, faults
+    except MissingConfigException as error:
+        faults.append(_missing(tree, error))
     except (HydraException, OmegaConfBaseException) as error:
-        faults.append(str(error).strip())
+        words = " ".join(str(error).split())
+        group = re.search(r"Could not override '([^'@]+)'", words)
+        near = near_matches(group[1], groups) if group else ""
+        faults.append(f"{words} {near}".strip())
     except YAMLError as error:
         faults.append(yaml_fault(error))
     return OmegaConf.create({}), faults
@@ -82,18 +95,35 @@ def _set(cfg: DictConfig, values: Iterable[Override], own_file: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """A folder of configurations as it is now: every file and folder below it, each with the time of its last
-    change. Equal trees compose to equal configurations.
+    """Folders of configurations as they are now: every file and folder below them, each with the time of its
+    last change. Equal trees compose to equal configurations.
+
+    Attributes:
+        folders: what the first of them has counts.
     """
 
-    folder: Path
+    folders: tuple[Path, ...]
     entries: tuple[tuple[str, int], ...]
 
+    def leaves(self, group: str) -> set[str]:
+        """The names of the files of a group."""
+        files = chain.from_iterable((folder / group).glob("*.yaml") for folder in self.folders)
+        return {path.stem for path in files}
 
-def _tree(folder: Path) -> Tree:
-    files = [path for path in folder.rglob("*") if path.exists()]
-    stamps = [(str(path), path.stat().st_mtime_ns) for path in files]
-    return Tree(folder, tuple(sorted(stamps)))
+    def groups(self) -> set[str]:
+        """The folders below each of the folders, by their paths from there."""
+        names: set[str] = set()
+        for folder in self.folders:
+            below = [path for path in folder.rglob("*") if path.is_dir()]
+            names.update(str(path.relative_to(folder)) for path in below)
+        return names
+
+
+def _tree(folder: Path, own: Path | None) -> Tree:
+    folders = (folder,) if own is None else (folder, own.absolute())
+    found = chain.from_iterable(folder.rglob("*") for folder in folders)
+    stamps = [(str(path), path.stat().st_mtime_ns) for path in found if path.exists()]
+    return Tree(folders, tuple(sorted(stamps)))
 
 
 def _chosen(tree: Tree, name: str, overrides: list[Override]) -> DictConfig:
@@ -105,10 +135,30 @@ def _chosen(tree: Tree, name: str, overrides: list[Override]) -> DictConfig:
 
 @lru_cache(maxsize=128)  # the runs of a study or sweep choose the same leaves again and again
 def _composed(tree: Tree, name: str, lines: tuple[str, ...]) -> DictConfig:
-    from hydra import compose, initialize_config_dir
+    from hydra import compose
 
-    with _apart(), initialize_config_dir(str(tree.folder), version_base="1.3"):
+    with _apart(), _reading(tree.folders):
         return compose(name, list(lines))
+
+
+@contextmanager
+def _reading(folders: Sequence[Path]) -> Iterator[None]:
+    """Let Hydra compose of what lies in these folders."""
+    from hydra import initialize_config_dir
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.config_search_path import SearchPathElement
+    from hydra.core.global_hydra import GlobalHydra
+
+    first, *others = map(str, folders)
+    with initialize_config_dir(first, version_base="1.3"):
+        search_path = create_config_search_path(first)
+        for folder in others:
+            further = SearchPathElement("own", f"file://{folder}")
+            search_path.get_path().insert(-1, further)  # the last is Hydra's own
+        GlobalHydra.instance().clear()
+        Hydra.create_main_hydra2("app", search_path)
+        yield
 
 
 def _is_open(file: Path, override: Override) -> bool:
@@ -183,19 +233,16 @@ def load_yaml(path: Path) -> Any:
 
 @lru_cache(maxsize=16)
 def _groups(tree: Tree, name: str) -> set[str]:
-    """The groups of a folder that its config `name` chooses from; a key of its own that is called as a group
-    is a value.
+    """The groups that the config `name` chooses from; a key of its own that is called as a group is a
+    value.
     """
-    folder = tree.folder
-    own = load_yaml(folder / f"{name}.yaml")
+    own = load_yaml(tree.folders[0] / f"{name}.yaml")
     choices = own.get("defaults", ())
     chosen: set[str] = set()
     for entry in choices:
         if isinstance(entry, Mapping):
             chosen.update(map(str, entry))
-    folders = [path for path in folder.rglob("*") if path.is_dir()]
-    groups = {str(path.relative_to(folder)) for path in folders}
-    return {group for group in groups if group in chosen or group not in own}
+    return {group for group in tree.groups() if group in chosen or group not in own}
 
 
 def _is_choice(groups: set[str], override: Override) -> bool:
@@ -205,11 +252,10 @@ def _is_choice(groups: set[str], override: Override) -> bool:
     return name in groups and not name.startswith("hydra/")
 
 
-def _choice_holds(folder: Path, override: Override, faults: list[str]) -> bool:
+def _choice_holds(tree: Tree, override: Override, faults: list[str]) -> bool:
     group = override.key_or_group
     chosen = override.value()
-    files = (folder / group).glob("*.yaml")
-    known = sorted(path.stem for path in files)
+    known = tree.leaves(group)
     no_choice = override.is_delete() or chosen is None
     if no_choice or str(chosen) in known:
         return True
@@ -217,6 +263,30 @@ def _choice_holds(folder: Path, override: Override, faults: list[str]) -> bool:
     choice = f"{group}={chosen}"
     faults.append(f"{choice}: unknown {group}; {near}")
     return False
+
+
+def _missing(tree: Tree, error: MissingConfigException) -> str:
+    """Say which leaf is named in a file that was chosen, and is not there; its file, where one alone names
+    it.
+    """
+    group, _, leaf = str(error.missing_cfg_file).rpartition("/")
+    files = chain.from_iterable(folder.rglob("*.yaml") for folder in tree.folders)
+    choice = re.compile(rf"\b{re.escape(group)}\b.*\b{re.escape(leaf)}\b")
+    naming = [path for path in files if choice.search(path.read_text(errors="replace"))]
+    place = f"{naming[0]}: " if len(naming) == 1 else ""
+    if group not in tree.groups():
+        return f"{place}{group}={leaf}: unknown group; {did_you_mean(group, tree.groups())}"
+    return f"{place}{group}={leaf}: unknown {group}; {did_you_mean(leaf, tree.leaves(group))}"
+
+
+def _hidden(tree: Tree) -> Iterator[str]:
+    """Yield the files that nothing reads, since the first folder has another of the same name."""
+    first, *others = tree.folders
+    for folder in others:
+        for path in sorted(folder.rglob("*.yaml")):
+            same = first / path.relative_to(folder)
+            if same.is_file() and same.read_bytes() != path.read_bytes():
+                yield f"{path}: {same} would be read in its place; give yours a name of its own"
 
 
 def _key_holds(cfg: DictConfig, override: Override, groups: set[str], faults: list[str]) -> bool:
@@ -316,7 +386,7 @@ def plain(cfg: DictConfig | Mapping[str, Any], faults: list[str]) -> dict[str, A
     return {key: at_home(value) for key, value in values.items()}
 
 
-def sweep_points(overrides: list[str]) -> list[list[str]]:
+def sweep_points(overrides: list[str], own: Path | None = None) -> list[list[str]]:
     """The overrides of each run of a sweep, as Hydra's own sweeper makes them: lists of values, choice(),
     range() and glob().
 
@@ -327,7 +397,6 @@ def sweep_points(overrides: list[str]) -> list[list[str]]:
         UserError: it is a sweep that Hydra's sweeper does not make, such as interval(), or a key's keys and
             values are given twice.
     """
-    from hydra import initialize_config_dir
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -335,7 +404,7 @@ def sweep_points(overrides: list[str]) -> list[list[str]]:
 
     readable: list[Override] = []
     unreadable: list[str] = []
-    with initialize_config_dir(str(CONF), version_base="1.3"):  # glob() looks for leaves there
+    with _apart(), _reading(_tree(CONF, own).folders):  # glob() looks for leaves there
         loader = GlobalHydra.instance().config_loader()
         parser = OverridesParser.create(config_loader=loader)
         for text in overrides:

@@ -7,11 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from outgrow.model.base.errors import UserError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
+FOLDER_FLAGS = ("--config-dir", "-cd")
 _SPECIAL = re.compile(r"[^\w./\\+-]|[^\x00-\x7f]")  # what makes a value more than a word to Hydra
 
 
@@ -44,6 +48,27 @@ def plain_text(text: str) -> str:
     except HydraException:
         return quoted
     return text
+
+
+def own_folder(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Take the folder of the user's own settings (`--config-dir DIR`) out of the arguments of a command.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    folder = None
+    others = []
+    words = iter(arguments)
+    for text in words:
+        flag, _, value = text.partition("=")
+        if flag not in FOLDER_FLAGS:
+            others.append(text)
+            continue
+        name = value or next(words, "")
+        folder = Path(name).expanduser().absolute()
+        if not name or not folder.is_dir():
+            raise UserError(f"{flag} {name}: no such folder; give the one that holds your experiment/")
+    return folder, others
 
 
 def paths_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

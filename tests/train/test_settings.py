@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -15,6 +16,7 @@ import pytest
 
 from outgrow.model.base.compose import CONF, compose_config, load_yaml, sweep_points
 from outgrow.model.base.errors import UserError
+from outgrow.model.base.overrides import own_folder
 from outgrow.train.__main__ import flags_first
 from outgrow.train.compose import compose
 from outgrow.train.settings import Budget, identity, settings_hash
@@ -285,15 +287,97 @@ def test_a_sweep_tells_the_fault_of_its_last_point_before_the_first_trains(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("given", "ordered"),
+    "given", ["--config-dir s=t a=1 -m b=2", "a=1 --config-dir=s=t b=2 -m", "a=1 -cd s=t b=2 -m"]
+)
+def test_flags_may_stand_anywhere(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s=t").mkdir()
+    own, words = own_folder(given.split())
+    assert (own, flags_first(words)) == (tmp_path / "s=t", ["-m", "a=1", "b=2"])
+
+
+@pytest.mark.parametrize("given", ["--config-dir", "--config-dir=", "--config-dir none", "-cd=none"])
+def test_a_folder_of_settings_that_is_not_there_is_told(given: str) -> None:
+    with pytest.raises(UserError, match=r"^-(-config-dir|cd) (none)?: no such folder; give the one that"):
+        own_folder(given.split())
+
+
+EXPERIMENT = "# @package _global_\nstudy: mine\ntarget: tiny_target\n"
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A folder of the user's own settings: an experiment, and a way to grow."""
+    for group in ("experiment", "growth"):
+        (tmp_path / "own" / group).mkdir(parents=True)
+    (tmp_path / "own/experiment/mine.yaml").write_text(EXPERIMENT)
+    tile = (CONF / "growth/tile.yaml").read_text().replace("name: tile", "name: plaster")
+    (tmp_path / "own/growth/plaster.yaml").write_text(tile)
+    return tmp_path / "own"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
     [
-        ("--config-dir s a=1 -m b=2", "--config-dir s -m a=1 b=2"),
-        ("a=1 --config-dir=s=t b=2 -m", "--config-dir=s=t -m a=1 b=2"),
-        ("a=1 -cd s=t b=2", "-cd s=t a=1 b=2"),
+        ("experiment=mnie growth=scratch target=tiny_target", "unknown experiment; did you mean 'mine'?"),
+        ("experiment=mine growth=scrach source=s", "growth=scrach: unknown growth; did you mean 'scratch'"),
+        ("experiment=mine growth=plastr source=s", "growth=plastr: unknown growth; did you mean 'plaster'"),
+        ("experiment=mine grwoth=scratch source=s", "grwoth: unknown key; did you mean 'growth'?"),
+        (
+            "experiment=mine growth=scratch train.contxt=1",
+            "train.contxt: unknown key; did you mean 'context'?",
+        ),
     ],
 )
-def test_flags_may_stand_anywhere(given: str, ordered: str) -> None:
-    assert flags_first(given.split()) == ordered.split()
+def test_faults_beside_a_folder_of_ones_own_are_told_with_near_matches_of_both(
+    own: Path, given: str, told: str
+) -> None:
+    with pytest.raises(UserError) as fault:
+        compose(given.split(), own)
+    assert told in str(fault.value)
+    assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("defaults: [override /data: fils]", "wrong.yaml: data=fils: unknown data; did you mean 'files'?"),
+        ("defaults: [/dta: files]", "wrong.yaml: dta=files: unknown group; did you mean 'data'"),
+        ("defaults: [override /dta: files]", "In 'experiment/wrong': Could not override 'dta'. No match in"),
+        ("trian: {context: 8}", "trian: unknown key; did you mean 'train'"),
+        ("train: {contxt: 8}", "train.contxt: unknown key; did you mean 'context'"),
+        ("train: {contxt", "wrong.yaml, line 5, column 1: not valid YAML"),
+    ],
+)
+def test_a_fault_of_a_file_of_ones_own_is_told_in_one_line(own: Path, more: str, told: str) -> None:
+    (own / "experiment/wrong.yaml").write_text(f"{EXPERIMENT}{more}\n")
+    with pytest.raises(UserError) as fault:
+        compose(["experiment=wrong", "growth=scratch", "target=tiny_target"], own)
+    assert told in str(fault.value)
+    assert "\n" not in str(fault.value)
+
+
+def test_a_file_of_ones_own_that_another_would_be_read_for_is_told(own: Path) -> None:
+    shutil.copy(CONF / "growth/lemon.yaml", own / "growth/lemon.yaml")  # a copy hides nothing
+    (own / "experiment/tiny.yaml").write_text(EXPERIMENT)
+    with pytest.raises(
+        UserError, match=r"own/experiment/tiny.yaml: .*conf/experiment/tiny.yaml would be read"
+    ):
+        compose(["experiment=tiny"], own)
+
+
+def test_a_run_of_ones_own_experiment_is_named_after_what_it_changes_against_that(own: Path) -> None:
+    given = ["experiment=mine", "growth=scratch", "optimizer.learning_rate=0.01"]
+    assert compose(given, own).name == "mine-scratch-lr0.01-s0"
+
+
+def test_a_sweep_and_a_growth_find_leaves_of_ones_own(own: Path) -> None:
+    from outgrow.growth.__main__ import settings_from as growth_from
+
+    points = sweep_points(["experiment=glob(m*)", "growth=plaster"], own)
+    assert points == [["experiment=mine", "growth=plaster"]]
+    given = ["source=phi_1_5", "target=phi_2", "growth=plaster", "plan_only=true"]
+    assert growth_from([*given, "--config-dir", str(own)]).growth.name == "plaster"
 
 
 @pytest.mark.slow

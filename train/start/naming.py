@@ -37,17 +37,20 @@ SHORT = {"optimizer.learning_rate": "lr"}
 LONGEST_VALUE, LONGEST = 40, 150  # characters, of 255 that a file system gives a name
 
 
-def tell_changes(cfg: DictConfig, overrides: Sequence[str]) -> None:
+def tell_changes(cfg: DictConfig, overrides: Sequence[str], own: Path | None = None) -> None:
     """Fill in `changes` of a composed configuration, which `name` is made of, where the overrides do not give
     it themselves.
+
+    Args:
+        own: the folder of the user's that it was composed of too.
     """
     is_told = "changes" in map(_key, overrides)
     if "changes" in cfg and not is_told:
-        labels = [f"-{label}" for label in changes(cfg, overrides)]
+        labels = [f"-{label}" for label in changes(cfg, overrides, own)]
         cfg.changes = "".join(labels)
 
 
-def changes(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
+def changes(cfg: DictConfig, overrides: Sequence[str], own: Path | None = None) -> list[str]:
     """The labels of what a run changes: chosen leaves first, then single settings, in the order of
     conf/train.yaml.
     """
@@ -59,10 +62,11 @@ def changes(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
         return []
     # Leaves of groups that were chosen beside the experiment and change something.
     base = [text for key, text in by_key.items() if key in named]
-    groups = [key for key in others if (CONF / key).is_dir()]
+    folders = [CONF] if own is None else [CONF, own]
+    groups = [key for key in others if any((folder / key).is_dir() for folder in folders)]
     leaves = {key: by_key[key] for key in groups if not is_neutral(key)}
-    before = _values(*base)
-    after = _values(*base, *leaves.values())
+    before = _values(own, *base)
+    after = _values(own, *base, *leaves.values())
     labels = []
     for key, text in leaves.items():
         if _of(before, key) != _of(after, key):
@@ -116,8 +120,8 @@ def _key(override: str) -> str:
 
 
 @lru_cache(maxsize=64)  # the points of a sweep share what they are held against
-def _values(*overrides: str) -> dict[str, Any]:
-    cfg, _ = compose_config(CONF, "train", list(overrides))
+def _values(own: Path | None, *overrides: str) -> dict[str, Any]:
+    cfg, _ = compose_config(CONF, "train", list(overrides), own)
     return flatten(plain(cfg, []))
 
 
