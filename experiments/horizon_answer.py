@@ -13,8 +13,8 @@ LEAST_SAVED = 1e-6  # of a token's FLOPs, by growing on the way: sums of one mod
 
 
 def answer(rows: Sequence[Worth]) -> str:
-    """The finding in two sentences: what the best grown arm is worth at the longest horizon that one has, and
-    where the control ends for the same FLOPs.
+    """The finding in two sentences: what the best grown arm is worth at the longest horizon that one has with
+    seeds enough to decide, and where the control ends for the same FLOPs.
     """
     grown = [row for row in rows if is_grown(row, rows)]
     if not grown:
@@ -29,10 +29,13 @@ def answer(rows: Sequence[Worth]) -> str:
     )
 
 
-def merit(row: Worth) -> tuple[int, float, float]:
-    """The longest horizon first; there the largest speed-up, then the lowest loss."""
+def merit(row: Worth) -> tuple[bool, int, float, float]:
+    """Seeds enough to decide first, then the longest horizon; there the largest speed-up, then the lowest
+    loss.
+    """
     point = row.point
-    return point.tokens, least_speedup(row), -point.val_loss
+    decides = not undecided(len(point.ends))
+    return decides, point.tokens, least_speedup(row), -point.val_loss
 
 
 def least_speedup(row: Worth) -> float:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -210,18 +210,21 @@ def curve_of(points: Sequence[Point]) -> BaselineCurve:
     return BaselineCurve(costs, losses)
 
 
-def curve_of_seed(points: Sequence[Point], seed: int) -> BaselineCurve | None:
-    """L(C) through one seed's ends of the same points; None where a point lacks it, or its losses rise."""
-    own: list[End] = []
+def curve_of_seeds(points: Sequence[Point], seeds: Collection[int]) -> BaselineCurve | None:
+    """L(C) through the mean losses of these seeds at the same points; None where a point lacks one of them,
+    or the losses rise.
+    """
+    costs: list[float] = []
+    losses: list[float] = []
     for point in points:
-        own += [end for end in point.ends if end.seed == seed]
-    costs = tuple(end.flops for end in own)
-    losses = tuple(end.val_loss for end in own)
+        own = [end for end in point.ends if end.seed in seeds]
+        if {end.seed for end in own} != set(seeds):
+            return None
+        costs.append(fmean(end.flops for end in own))
+        losses.append(fmean(end.val_loss for end in own))
     steps = itertools.pairwise(losses)
     falling = all(after < before for before, after in steps)
-    if len(own) < len(points) or not falling:
-        return None
-    return BaselineCurve(costs, losses)
+    return BaselineCurve(tuple(costs), tuple(losses)) if falling else None
 
 
 @dataclass(frozen=True)
@@ -240,8 +243,11 @@ class SeedWorth:
 
 @dataclass(frozen=True)
 class Worth:
-    """One arm at one horizon against scratch. Intervals are over the seeds, each paired with scratch's own:
-    half of 95 %, None for one seed and where scratch lacks one of them.
+    """One arm at one horizon against scratch: the mean of the arm's seeds on the curve of scratch's runs of
+    the same seeds; on that of all its seeds where scratch lacks one of them.
+
+    Intervals are over the seeds, each paired with scratch's own: half of 95 %, None for one seed and where
+    scratch lacks one of them.
     """
 
     point: Point
@@ -272,7 +278,8 @@ def worths(ends: Sequence[End], against: Callable[[Point], bool] = lambda point:
 
 
 def _worth(point: Point, scratch: Sequence[Point]) -> Worth:
-    curve = curve_of(scratch)
+    own_seeds = {end.seed for end in point.ends}
+    curve = curve_of_seeds(scratch, own_seeds) or curve_of(scratch)
     loss = point.val_loss
     seeds = tuple(_seed_worth(end, scratch) for end in point.ends)
     return Worth(
@@ -292,7 +299,7 @@ def _worth(point: Point, scratch: Sequence[Point]) -> Worth:
 def _seed_worth(end: End, points: Sequence[Point]) -> SeedWorth:
     """One end against the curve of its own seed through scratch's `points`."""
     loss = end.val_loss
-    curve = curve_of_seed(points, end.seed)
+    curve = curve_of_seeds(points, {end.seed})
     if curve is None:
         return SeedWorth(end.seed, loss, None, None, None)
     excluded = curve.speedup(loss, end.flops)

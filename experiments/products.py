@@ -22,7 +22,7 @@ from outgrow.experiments.cost import half_interval, undecided
 from outgrow.experiments.ends import RECORD, End, text_faults, write_ends
 from outgrow.experiments.horizon_answer import seeds_text
 from outgrow.experiments.horizon_report import markdown_table, millions, read_inputs
-from outgrow.experiments.horizons import BaselineCurve, best_points, curve_of_seed, envelope
+from outgrow.experiments.horizons import BaselineCurve, best_points, curve_of_seeds, envelope
 from outgrow.experiments.publish import Writer, write_together
 from outgrow.experiments.runs import SCRATCH
 from outgrow.experiments.table import write_csv
@@ -128,7 +128,7 @@ def _products(ends: Sequence[End], *, smallest: bool) -> list[Product]:
     own = [point for point in points if point.arm == arm]
     product = max(own, key=lambda point: (point.tokens, -point.val_loss))
     scratch = envelope(points)
-    return [_product(end, curve_of_seed(scratch, end.seed)) for end in product.ends]
+    return [_product(end, curve_of_seeds(scratch, {end.seed})) for end in product.ends]
 
 
 def _product(end: End, curve: BaselineCurve | None) -> Product:

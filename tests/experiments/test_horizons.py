@@ -567,3 +567,22 @@ def test_scratch_under_another_name_and_a_larger_flat_model_are_no_growth() -> N
     told = answer(worths([CONTROL, *SCRATCH_ENDS, other_name, larger, grown]))
     assert "growth does not pay (one seed: not decided): grown is worth" in told
     assert "The control, small trained on" in told
+
+
+def test_an_arm_of_one_seed_is_worth_what_it_is_on_the_curve_of_that_seed() -> None:
+    """The mean of scratch's seeds would make a lucky seed of an arm a better growth."""
+    lucky = [dataclasses.replace(one, seed=1, val_loss=one.val_loss + 0.5) for one in SCRATCH_ENDS]
+    grown = end("grown", 4e12, 2.55)
+    alone = worths([CONTROL, *SCRATCH_ENDS, grown])[0]
+    beside = worths([CONTROL, *SCRATCH_ENDS, *lucky, grown])[0]
+    assert alone.point.arm == beside.point.arm == "grown"
+    assert beside.speedup_included == pytest.approx(alone.speedup_included)
+    assert beside.difference == pytest.approx(alone.difference)
+
+
+def test_a_headline_speaks_of_an_arm_with_seeds_enough_before_one_of_a_longer_horizon() -> None:
+    seeds = (0, 1, 2)
+    scratch = [dataclasses.replace(one, seed=seed) for one in SCRATCH_ENDS for seed in seeds]
+    three = [dataclasses.replace(end("three", 4e12, 2.55), seed=seed) for seed in seeds]
+    longer = dataclasses.replace(end("one", 4e12, 2.5), tokens=three[0].tokens * 2)
+    assert "three is worth" in answer(worths([CONTROL, *scratch, *three, longer]))
