@@ -6,89 +6,114 @@ import math
 from collections.abc import Iterable, Sequence
 
 from outgrow.experiments.cost import undecided
-from outgrow.experiments.horizons import Bound, Point, Worth
+from outgrow.experiments.horizons import Bound, Point, Speedup, Worth
 from outgrow.experiments.runs import NULL_CONTROL, SCRATCH
 
 LEAST_SAVED = 1e-6  # of a token's FLOPs, by growing on the way: sums of one model differ less
+NONE_GREW = "No arm grew, so nothing can be said of a speed-up."
+THERE = "where the source is there already"
 
 
-def answer(rows: Sequence[Worth]) -> str:
+def answer(rows: Sequence[Worth], *, source_paid: bool = True) -> str:
     """The finding in two sentences: what the best grown arm is worth at the longest horizon that one has with
     seeds enough to decide, and where the control ends for the same FLOPs.
+
+    Args:
+        source_paid: the verdict is on S with the source's training counted; else it is taken as there.
     """
+    best = best_grown(rows, source_paid=source_paid)
+    if best is None:
+        return NONE_GREW
+    other = _other_way(best, source_paid)
+    return f"{_finding(best, source_paid, other)} {_control(best, rows, source_paid)}"
+
+
+def headline(rows: Sequence[Worth], *, source_paid: bool = True) -> str:
+    """The first sentence of the answer, with the one speed-up that it is about."""
+    best = best_grown(rows, source_paid=source_paid)
+    return NONE_GREW if best is None else _finding(best, source_paid)
+
+
+def best_grown(rows: Sequence[Worth], *, source_paid: bool) -> Worth | None:
+    """The grown arm's end that the answer is about; None where no arm grew."""
     grown = [row for row in rows if is_grown(row, rows)]
-    if not grown:
-        return "No arm grew, so nothing can be said of a speed-up."
-    best = max(grown, key=merit)
-    point = best.point
-    seeds = seeds_text(end.seed for end in point.ends)
-    return (
-        f"At {point.tokens_per_parameter:.0f} tokens a parameter {_verdict(best)}: {point.arm} is worth S "
-        f"{_relation(best)} against scratch, everything paid{_of_a_checkpoint(best)} ({seeds}). "
-        f"{_control(best, rows)}"
-    )
+    return max(grown, key=lambda row: merit(row, source_paid=source_paid), default=None)
 
 
-def merit(row: Worth) -> tuple[bool, int, float, float]:
+def merit(row: Worth, *, source_paid: bool) -> tuple[bool, int, float, float]:
     """Seeds enough to decide first, then the longest horizon; there the largest speed-up, then the lowest
     loss.
     """
     point = row.point
     decides = not undecided(len(point.ends))
-    return decides, point.tokens, least_speedup(row), -point.val_loss
+    least = row.speedup(source_paid=source_paid).least
+    return decides, point.tokens, least, -point.val_loss
 
 
-def least_speedup(row: Worth) -> float:
-    """The speed-up, source included, that a row is known to reach."""
-    if row.speedup_included is not None:
-        return row.speedup_included
-    bound = row.bound_included
-    if bound is None or bound.side != ">":
-        return 0.0
-    return bound.value
+def _finding(best: Worth, source_paid: bool, other: str = "") -> str:
+    """A sentence on the best end: the verdict, and its speed-up; `other` is the one counted the other way."""
+    point = best.point
+    seeds = seeds_text(end.seed for end in point.ends)
+    verdict = _verdict(best, source_paid)
+    relation = _relation(best.speedup(source_paid=source_paid))
+    way = _way(best, source_paid)
+    return (
+        f"At {point.tokens_per_parameter:.0f} tokens a parameter {verdict}: {point.arm} is worth S "
+        f"{relation} against scratch{way}{other} ({seeds})."
+    )
 
 
-def _relation(row: Worth) -> str:
-    """A row's speed-up as the end of a sentence: = 1.21 ± 0.27, > 0.93."""
-    return _speedup_relation(row.speedup_included, row.bound_included, row.interval_included)
+def _way(best: Worth, source_paid: bool) -> str:
+    """How the speed-up of a finding is counted, in words."""
+    return ", everything paid" if source_paid or not _has_source(best) else f" {THERE}"
 
 
-def _of_a_checkpoint(row: Worth) -> str:
-    """The same without the source's own training, for whoever has the source already; nothing without one."""
-    if not any(end.source_flops for end in row.point.ends):
+def _other_way(best: Worth, source_paid: bool) -> str:
+    """The speed-up that is counted the other way; nothing without a source."""
+    if not _has_source(best):
         return ""
-    own = _speedup_relation(row.speedup_excluded, row.bound_excluded, row.interval_excluded)
-    return f", and S {own} where the source is there already"
+    relation = _relation(best.speedup(source_paid=not source_paid))
+    way = THERE if source_paid else "with everything paid"
+    return f", and S {relation} {way}"
 
 
-def _speedup_relation(speedup: float | None, bound: Bound | None, spread: float | None) -> str:
-    if speedup is None:
-        return str(bound)
-    interval = "" if spread is None else f" ± {spread:.2f}"
-    return f"= {speedup:.2f}{interval}"
+def _has_source(row: Worth) -> bool:
+    return any(end.source_flops for end in row.point.ends)
 
 
-def _verdict(row: Worth) -> str:
+def _relation(speedup: Speedup) -> str:
+    """A speed-up as the end of a sentence: = 1.21 ± 0.27, > 0.93."""
+    if speedup.value is None:
+        return str(speedup.bound)
+    interval = "" if speedup.half is None else f" ± {speedup.half:.2f}"
+    return f"= {speedup.value:.2f}{interval}"
+
+
+def _verdict(row: Worth, source_paid: bool) -> str:
     """The verdict on growth, which too few seeds call undecided; an interval that holds break-even gives
     none, nor does a bound on its other side.
     """
     doubt = undecided(len(row.point.ends))
     clause = f" ({doubt})" if doubt else ""
-    speedup = row.speedup_included
-    if speedup is None:
-        assert row.bound_included is not None
-        return _verdict_of_bound(row.bound_included, clause)
-    if _holds_break_even(row, speedup):
+    speedup = row.speedup(source_paid=source_paid)
+    if speedup.value is None:
+        assert speedup.bound is not None
+        return _verdict_of_bound(speedup.bound, clause)
+    if _holds_break_even(row, speedup, source_paid):
         return "the seeds do not tell whether growth pays"
-    return f"growth pays{clause}" if speedup > 1.0 else f"growth does not pay{clause}"
+    return f"growth pays{clause}" if speedup.value > 1.0 else f"growth does not pay{clause}"
 
 
-def _holds_break_even(row: Worth, speedup: float) -> bool:
+def _holds_break_even(row: Worth, speedup: Speedup, source_paid: bool) -> bool:
     """Check whether the seeds leave both open. A seed outside of its own scratch's curve has no speed-up, so
-    there is no interval of S; the difference at equal FLOPs, which reaches further, decides then.
+    there is no interval of S; the difference at equal FLOPs, which reaches further and counts the source,
+    decides then.
     """
-    if row.interval_included is not None:
-        return abs(speedup - 1.0) <= row.interval_included
+    assert speedup.value is not None
+    if speedup.half is not None:
+        return abs(speedup.value - 1.0) <= speedup.half
+    if not source_paid:
+        return len(row.seeds) > 1
     if row.difference is None or row.difference_interval is None:
         return False
     return abs(row.difference) <= row.difference_interval
@@ -127,27 +152,27 @@ def is_control(row: Worth, rows: Sequence[Worth]) -> bool:
     return row.point.parameters < full_size
 
 
-def control_of(best: Worth, rows: Sequence[Worth]) -> Point:
+def control_of(best: Worth, rows: Sequence[Worth], *, source_paid: bool) -> Point:
     """The control's end that cost most nearly what `best` did."""
     controls = [row.point for row in rows if is_control(row, rows)]
     plain = [point for point in controls if point.arm != NULL_CONTROL]
     own = best.point
 
     def distance(point: Point) -> tuple[float, float]:
-        ratio = point.paid / own.paid
+        ratio = point.cost(source_paid=source_paid) / own.cost(source_paid=source_paid)
         return abs(math.log(ratio)), point.val_loss
 
     return min(plain or controls, key=distance)
 
 
-def _control(best: Worth, rows: Sequence[Worth]) -> str:
+def _control(best: Worth, rows: Sequence[Worth], source_paid: bool) -> str:
     """A sentence on the control's end against that of `best`."""
-    near = control_of(best, rows)
+    near = control_of(best, rows, source_paid=source_paid)
     own = best.point
     gap = near.val_loss - own.val_loss
     side = "higher" if gap > 0 else "lower"
-    near_teraflop = near.paid / 1e12
-    own_teraflop = own.paid / 1e12
+    near_teraflop = near.cost(source_paid=source_paid) / 1e12
+    own_teraflop = own.cost(source_paid=source_paid) / 1e12
     return (
         f"The control, {near.arm} trained on for {near_teraflop:.2f} TFLOP, ends {abs(gap):.3f} nats "
         f"{side} than {own.arm} for {own_teraflop:.2f}."

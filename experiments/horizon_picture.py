@@ -1,7 +1,8 @@
 """The picture of a study's horizons: decayed ends against scratch's curve, and what each is worth.
 
-A few lines stand out and bear their names: scratch, the control, and the grown arms that are worth most. The
-others are grey; their names and numbers are in the table.
+A few lines stand out and bear their names: scratch, the control, the arm of the headline, and the grown arms
+that are worth most. The others are grey; their names and numbers are in the table. Costs are counted one way,
+with the source's training or without it, as the study's question asks.
 """
 
 from __future__ import annotations
@@ -9,23 +10,16 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from outgrow.experiments.figure import GRID, INK
-from outgrow.experiments.horizon_answer import (
-    answer,
-    control_of,
-    is_grown,
-    least_speedup,
-    merit,
-)
-from outgrow.experiments.horizons import Worth
+from outgrow.experiments.horizon_answer import headline, is_control, is_grown
+from outgrow.experiments.horizon_reading import Line, Reading, by_line, line_of, lines_that_answer
+from outgrow.experiments.horizons import Speedup, Worth
 from outgrow.experiments.labels import Label, write_names
 from outgrow.experiments.runs import SCRATCH
 
@@ -35,65 +29,67 @@ if TYPE_CHECKING:
 
 MARKERS = {"adamw": "o", "muon": "s", "adamw_8bit": "^"}
 DASHES = {"adamw": (0, (3, 2))}
-EXCLUDED = {"linestyle": (0, (1, 1.5)), "marker": "D", "markersize": 5}  # without the source's cost
 TITLE_LETTERS = 94  # that the picture is wide enough for
 WIDTH_INCHES, HEIGHT_INCHES = 10, 5.2
 BEFORE, AFTER = 0.1, 0.45  # of the width of what is drawn: the room to its left and right
-FEW = 4  # grown lines that stand out
 STEEP = 3.0  # the largest speed-up by the least, from which on the axis is logarithmic
 SPEEDUPS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10)  # marked on such an axis
 BLACK, GREY = "#000000", "#C4C4C4"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#6A3D9A")
 
-Line = tuple[str, str]  # arm, optimizer
 Style = dict[str, Any]
 
 
-def draw(rows: Sequence[Worth], path: Path) -> None:
-    """Write the picture: where each arm's decayed ends lie against scratch's curve, and what they are
-    worth."""
-    figure = build(rows)
+def draw(rows: Sequence[Worth], path: Path, *, source_paid: bool = True) -> None:
+    """Write the picture: where each arm's decayed ends lie against scratch's curve, and what they are worth.
+
+    Args:
+        source_paid: the source's training is counted; else it is left out.
+    """
+    figure = build(rows, source_paid=source_paid)
     figure.savefig(path, dpi=150, facecolor="white")
 
 
-def build(rows: Sequence[Worth]) -> Figure:
+def build(rows: Sequence[Worth], *, source_paid: bool = True) -> Figure:
     """The figure itself, without any state of pyplot."""
     from matplotlib.figure import Figure
 
-    lines = _by_line(rows)
-    outstanding = _outstanding(rows, lines)
+    reading = Reading(rows, source_paid)
+    lines = by_line(rows)
+    outstanding = lines_that_answer(reading, lines)
     styles = _styles(lines, outstanding)
     figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
     losses, speedups = figure.subplots(1, 2)
     at_losses: list[Label] = []
     at_speedups: list[Label] = []
     for line, ends in lines.items():
-        name = _name_of(line, outstanding)
-        label = _plot_losses(losses, ends, styles[line], name)
-        labels = [] if line[0] == SCRATCH else _plot_speedups(speedups, ends, styles[line], name)
+        name = _name_of(line, outstanding, reading)
+        label = _plot_losses(losses, reading, ends, styles[line], name)
+        labels = [] if line[0] == SCRATCH else _plot_speedups(speedups, reading, ends, styles[line], name)
         if line in outstanding:
             at_losses.append(label)
             at_speedups += labels
     _mark_scratch(speedups)
+    way = "included" if source_paid else "excluded"
     _finish(
         losses,
-        "TFLOP, the source included",
+        f"TFLOP, the source {way}",
         "validation loss, nats/token",
         "Decayed ends: below scratch's line is cheaper than scratch",
     )
     _finish(
         speedups,
-        "tokens a parameter",
+        "tokens a parameter (the control: scratch's at equal FLOPs)",
         "S: scratch's FLOPs / own, at equal loss",
         "What each end is worth: above 1 is cheaper",
     )
     _scale_speedups(speedups)
     for axes in (losses, speedups):
         _leave_room(axes)
-    _legend(figure, lines, outstanding)
-    title = _wrapped(answer(rows))
+    _legend(figure, reading, lines, outstanding)
+    title = _wrapped(headline(rows, source_paid=source_paid))
     figure.suptitle(title, fontsize=11.5, fontweight="bold", color=INK, x=0.01, ha="left")
-    at_costs, at_tokens = _places(rows)
+    at_costs, at_tokens = _places(reading)
     _set_ticks(losses, at_costs)
     _set_ticks(speedups, at_tokens)
     figure.draw_without_rendering()  # only then are the sizes known on which the texts' places depend
@@ -104,32 +100,6 @@ def build(rows: Sequence[Worth]) -> Figure:
 
 
 # ---- which lines, and how they look ------------------------------------------------------------------------
-
-
-def _by_line(rows: Sequence[Worth]) -> dict[Line, list[Worth]]:
-    """The ends of each line in the order of their tokens; lines by name."""
-    lines: dict[Line, list[Worth]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: row.point.tokens):
-        lines[_line_of(row)].append(row)
-    return dict(sorted(lines.items()))
-
-
-def _line_of(row: Worth) -> Line:
-    return row.point.arm, row.point.optimizer
-
-
-def _outstanding(rows: Sequence[Worth], lines: dict[Line, list[Worth]]) -> set[Line]:
-    """The lines that stand out: scratch's, that of the control in the answer, and the grown ones whose last
-    ends are worth most at the longest horizons.
-    """
-    grown = [ends[-1] for ends in lines.values() if is_grown(ends[-1], rows)]
-    grown.sort(key=merit, reverse=True)
-    few = {_line_of(row) for row in grown[:FEW]}
-    scratch = {line for line in lines if line[0] == SCRATCH}
-    if not grown:
-        return set(lines)
-    control = control_of(max(rows, key=lambda row: (is_grown(row, rows), merit(row))), rows)
-    return scratch | few | {(control.arm, control.optimizer)}
 
 
 def _styles(lines: dict[Line, list[Worth]], outstanding: set[Line]) -> dict[Line, Style]:
@@ -147,8 +117,8 @@ def _style(line: Line, colour: str) -> Style:
         "color": colour,
         "linestyle": DASHES.get(optimizer, "-"),
         "marker": MARKERS.get(optimizer, "o"),
-        "linewidth": 2.6 if arm == SCRATCH else 1.0 if is_grey else 1.6,
-        "markersize": 4 if is_grey else 7,
+        "linewidth": 2.6 if arm == SCRATCH else 0.8 if is_grey else 1.8,
+        "markersize": 3 if is_grey else 7,
         "zorder": 2 if is_grey else 4,
     }
 
@@ -156,80 +126,58 @@ def _style(line: Line, colour: str) -> Style:
 # ---- the panels --------------------------------------------------------------------------------------------
 
 
-def _plot_losses(axes: Axes, rows: Sequence[Worth], style: Style, name: str) -> Label:
+def _plot_losses(axes: Axes, reading: Reading, rows: Sequence[Worth], style: Style, name: str) -> Label:
     """Draw the ends of one line against what they cost; return its name, for the last of them."""
-    points = [row.point for row in rows]
-    costs = [point.paid / 1e12 for point in points]
-    losses = [point.val_loss for point in points]
+    costs = list(map(reading.teraflop, rows))
+    losses = [row.point.val_loss for row in rows]
     axes.plot(costs, losses, markeredgecolor="white", **style)
     # what is cheaper than scratch lies left of its line: the name does too, and leaves the line free
-    is_scratch = points[-1].arm == SCRATCH
-    side = "left" if is_scratch else "right"
-    title = _title(rows[-1], name)
+    last = rows[-1]
+    side = "left" if last.point.arm == SCRATCH else "right"
+    title = _title(reading.speedup(last), name)
     return Label(costs[-1], losses[-1], title, style["color"], side)
 
 
-def _plot_speedups(axes: Axes, rows: Sequence[Worth], style: Style, name: str) -> list[Label]:
-    """Draw the speed-ups of one line against tokens a parameter, as far as they are known: dotted without the
-    source's cost too, where it has a source and is not grey. Return the names of the last ends.
+def _plot_speedups(
+    axes: Axes, reading: Reading, rows: Sequence[Worth], style: Style, name: str
+) -> list[Label]:
+    """Draw the speed-ups of one line against tokens a parameter, as far as they are known; return the name of
+    its last end, and the values of all where it is the headline's.
     """
-    names = []
-    if style["color"] != GREY and _has_source(rows):
-        excluded = _plot_values(axes, map(Value.excluded, rows), style | EXCLUDED)
-        names += [_named(excluded[-1], "", style)] if excluded else []
-    included = _plot_values(axes, map(Value.included, rows), style)
-    names += [_named(included[-1], f"{name} ", style)] if included else []
-    return names
+    known = [row for row in rows if reading.speedup(row).value is not None]
+    if not known:
+        return []
+    across = list(map(reading.horizon, known))
+    speedups = list(map(reading.speedup, known))
+    values = [speedup.value or 0.0 for speedup in speedups]
+    is_grey = style["color"] == GREY
+    axes.plot(across, values, **style | ({} if is_grey else {"marker": ""}))
+    if not is_grey:
+        for place, speedup in zip(across, speedups, strict=True):
+            _plot_value(axes, place, speedup, style)
+    names = [""] * len(known)
+    names[-1] = f"{name} "
+    labels = [
+        Label(place, value, f"{title}{value:.2f}", style["color"])
+        for place, value, title in zip(across, values, names, strict=True)
+    ]
+    is_headline = reading.best in rows
+    return labels if is_headline else labels[-1:]
 
 
-def _named(value: Value, name: str, style: Style) -> Label:
-    return Label(value.across, value.up, f"{name}{value.up:.2f}", style["color"])
-
-
-@dataclass(frozen=True)
-class Value:
-    """A speed-up, or None, at tokens a parameter, and half of its interval."""
-
-    across: float
-    speedup: float | None
-    half: float | None
-
-    @classmethod
-    def included(cls, row: Worth) -> Value:
-        return cls(row.point.tokens_per_parameter, row.speedup_included, row.interval_included)
-
-    @classmethod
-    def excluded(cls, row: Worth) -> Value:
-        return cls(row.point.tokens_per_parameter, row.speedup_excluded, row.interval_excluded)
-
-    @property
-    def up(self) -> float:
-        return self.speedup or 0.0
-
-
-def _plot_values(axes: Axes, values: Iterable[Value], style: Style) -> list[Value]:
-    """Draw those that are known, filled and with a bar where they have an interval; return them."""
-    known = [value for value in values if value.speedup is not None]
-    across = [value.across for value in known]
-    up = [value.up for value in known]
-    axes.plot(across, up, **style | {"marker": ""})
+def _plot_value(axes: Axes, place: float, speedup: Speedup, style: Style) -> None:
+    """Draw one speed-up: filled and with a bar where it has an interval, else open."""
+    is_open = speedup.half is None
     colour = style["color"]
-    for value in known:
-        is_open = value.half is None
-        axes.errorbar(
-            [value.across],
-            [value.up],
-            yerr=None if is_open else [value.half or 0.0],
-            capsize=3,
-            markerfacecolor="white" if is_open else colour,
-            markeredgecolor=colour if is_open else "white",
-            **style | {"linestyle": "-"},
-        )
-    return known
-
-
-def _has_source(rows: Sequence[Worth]) -> bool:
-    return any(row.point.paid > row.point.flops for row in rows)
+    axes.errorbar(
+        [place],
+        [speedup.value or 0.0],
+        yerr=None if is_open else [speedup.half or 0.0],
+        capsize=3,
+        markerfacecolor="white" if is_open else colour,
+        markeredgecolor=colour if is_open else "white",
+        **style | {"linestyle": "-"},
+    )
 
 
 def _mark_scratch(axes: Axes) -> None:
@@ -289,19 +237,17 @@ def _leave_room(axes: Axes) -> None:
 # ---- the texts ---------------------------------------------------------------------------------------------
 
 
-def _legend(figure: Figure, lines: dict[Line, list[Worth]], outstanding: set[Line]) -> None:
-    """Explain what is drawn in more than one way: optimizers, the source's cost, open markers, grey lines."""
+def _legend(figure: Figure, reading: Reading, lines: dict[Line, list[Worth]], outstanding: set[Line]) -> None:
+    """Explain what is drawn in more than one way: optimizers, open markers, grey lines."""
     from matplotlib.lines import Line2D
 
     keys: dict[str, Style] = {}
     optimizers = dict.fromkeys(optimizer for _, optimizer in lines)
     for optimizer in optimizers if len(optimizers) > 1 else ():
         keys[optimizer] = _style(("", optimizer), INK)
-    shown = {line: ends for line, ends in lines.items() if line[0] != SCRATCH}
-    if any(_has_source(shown[line]) for line in outstanding & shown.keys()):
-        keys["dotted: the source was there, its training is not counted"] = {"color": INK} | EXCLUDED
-    worth = [row for ends in shown.values() for row in ends if row.speedup_included is not None]
-    without = {len(row.seeds) > 1 for row in worth if row.interval_included is None}
+    coloured = [ends for line, ends in lines.items() if line in outstanding and line[0] != SCRATCH]
+    worth = [row for ends in coloured for row in ends if reading.speedup(row).value is not None]
+    without = {len(row.seeds) > 1 for row in worth if reading.speedup(row).half is None}
     reasons = {False: "one seed", True: "a seed's end lies outside of its scratch's curve"}
     if without:
         why = " or ".join(reasons[several] for several in sorted(without))
@@ -313,7 +259,8 @@ def _legend(figure: Figure, lines: dict[Line, list[Worth]], outstanding: set[Lin
         }
     grey = len(lines) - len(outstanding)
     if grey:
-        keys[f"{grey} more in the table"] = {"color": GREY, "marker": "s", "markersize": 4}
+        others = "1 other line" if grey == 1 else f"{grey} other lines"
+        keys[f"{others}: see the table"] = {"color": GREY, "marker": "s", "markersize": 3}
     if keys:
         handles = [Line2D([], [], **style) for style in keys.values()]
         figure.legend(
@@ -326,41 +273,48 @@ def _wrapped(sentence: str) -> str:
     stays beside it.
     """
     held = re.sub(r"S ([=<>]) ", "S\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", sentence)
-    held = re.sub(r"(\d) (TFLOP|nats|±)", "\\1\N{NO-BREAK SPACE}\\2", held)
+    held = re.sub(r"(\d) (TFLOP|nats)", "\\1\N{NO-BREAK SPACE}\\2", held)
+    held = held.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
     lines = math.ceil(len(held) / TITLE_LETTERS)
     even = len(held) // lines + 12
     letters = min(TITLE_LETTERS, even)
     return "\n".join(textwrap.wrap(held, letters))
 
 
-def _name_of(line: Line, outstanding: set[Line]) -> str:
-    """A line's name: its arm, and its optimizer where the arm stands out with another one too."""
+def _name_of(line: Line, outstanding: set[Line], reading: Reading) -> str:
+    """A line's name: its arm, and its optimizer where the arm stands out with another one too; the control
+    is called so.
+    """
     arm, optimizer = line
     several = sum(other == arm for other, _ in outstanding) > 1
-    return f"{arm}, {optimizer}" if several else arm
+    role = ", the control" if any(_controls(row, line, reading) for row in reading.rows) else ""
+    return f"{arm}, {optimizer}{role}" if several else f"{arm}{role}"
 
 
-def _title(row: Worth, name: str) -> str:
+def _controls(row: Worth, line: Line, reading: Reading) -> bool:
+    return line_of(row) == line and is_control(row, reading.rows)
+
+
+def _title(speedup: Speedup, name: str) -> str:
     """A line's name, and what its end is worth at least, where that is all the other panel could show."""
-    if row.speedup_included is not None or not least_speedup(row):
+    if speedup.value is not None or not speedup.least:
         return name
-    return f"{name}, S {row.bound_included}"
+    return f"{name}, S {speedup.bound}"
 
 
 # the numbers of ticks, where each stands, and how many ends of grown arms or scratch stand there
 Places = dict[str, tuple[float, int]]
 
 
-def _places(rows: Sequence[Worth]) -> tuple[Places, Places]:
+def _places(reading: Reading) -> tuple[Places, Places]:
     """Where ends are: the costs of scratch's, the tokens a parameter of the others'."""
     costs: Places = {}
     tokens: Places = {}
-    for row in rows:
-        point = row.point
-        if point.arm == SCRATCH:
-            _add(costs, point.paid / 1e12, 2, 1)
-        elif row.speedup_included is not None:
-            _add(tokens, point.tokens_per_parameter, 0, int(is_grown(row, rows)))
+    for row in reading.rows:
+        if row.point.arm == SCRATCH:
+            _add(costs, reading.teraflop(row), 2, 1)
+        elif reading.speedup(row).value is not None:
+            _add(tokens, reading.horizon(row), 0, int(is_grown(row, reading.rows)))
     return costs, tokens
 
 

@@ -22,6 +22,7 @@ from outgrow.experiments.report import table as html_table
 from outgrow.experiments.rules import unheld, unrun
 from outgrow.experiments.runs import SCRATCH, LeftOut, Run, read_runs
 from outgrow.experiments.start_table import START_HEADINGS, START_NOTE, STARTED, start_cells
+from outgrow.experiments.study_file import takes_source_as_there
 from outgrow.experiments.table import UNDEFINED, write_csv
 
 TABLE, PICTURE = "table.md", "horizons.png"
@@ -72,20 +73,21 @@ def write(inputs: Sequence[str], out: Path, *, wandb: bool = False) -> list[str]
     runs, ends, left_out = read_inputs(inputs)
     rows = worths(ends)
     study = runs[0].study if runs else out.resolve().name
+    source_paid = not takes_source_as_there(study)
     remarks = unheld(ends)
     if missing := unrun(study, ends):
         remarks.append(missing)
-    block = markdown(rows)
+    block = markdown(rows, source_paid=source_paid)
     lines = list(map(flat_row, rows))
 
     def report(path: Path) -> None:
         picture = path.with_name(PICTURE)
-        text = html(study, rows, picture, remarks)
+        text = html(study, rows, picture, remarks, source_paid=source_paid)
         path.write_text(text, encoding="utf-8")
 
     writers: dict[str, Writer] = {
         TABLE: lambda path: path.write_text(block, encoding="utf-8"),
-        PICTURE: lambda path: draw(rows, path),
+        PICTURE: lambda path: draw(rows, path, source_paid=source_paid),
         RECORD: lambda path: write_ends(path, ends),
         LINES: lambda path: write_csv(lines, path),
         REPORT: report,
@@ -93,7 +95,7 @@ def write(inputs: Sequence[str], out: Path, *, wandb: bool = False) -> list[str]
     paths = write_together(out, writers)
     if wandb:
         pictures = {"horizons": out / PICTURE}
-        summary = {"answer": answer(rows)}
+        summary = {"answer": answer(rows, source_paid=source_paid)}
         mirror(study, lines, pictures, summary, PROJECT)
     notes = [folder.note for folder in left_out]
     files = [f"  {path}" for path in paths]
@@ -125,11 +127,11 @@ def read_inputs(inputs: Sequence[str]) -> tuple[list[Run], list[End], list[LeftO
     return runs, each_once(found), left_out
 
 
-def markdown(rows: Sequence[Worth]) -> str:
+def markdown(rows: Sequence[Worth], *, source_paid: bool = True) -> str:
     """The block that READMEs carry: the answer, the best of every arm, every seed where there are several,
     the recovery of what grew inside its run, and what is known of the starts.
     """
-    parts = [answer(rows), table(rows)]
+    parts = [answer(rows, source_paid=source_paid), table(rows)]
     if seeds := seed_cells(rows):
         parts += [
             "Every seed, against scratch's runs of the same seed:",
@@ -273,16 +275,24 @@ def flat_row(worth: Worth) -> dict[str, Any]:
     }
 
 
-def html(study: str, rows: Sequence[Worth], picture: Path, remarks: Sequence[str] = ()) -> str:
+def html(
+    study: str,
+    rows: Sequence[Worth],
+    picture: Path,
+    remarks: Sequence[str] = (),
+    *,
+    source_paid: bool = True,
+) -> str:
     """The page of a comparison of decayed ends. `picture` is a PNG file and goes in as data; `remarks` name
     the rules of a claim that the ends do not keep.
     """
+    found = answer(rows, source_paid=source_paid)
     points = [row.point for row in rows]
     arms = sorted({point.arm for point in points})
     devices = sorted({end.device for point in points for end in point.ends})
     lines = list(map(cells, rows))
     parts = [
-        f"<p><b>{escape(answer(rows))}</b></p>",
+        f"<p><b>{escape(found)}</b></p>",
         "<h2>Each arm at its best learning rate and batch, at every horizon</h2>",
         html_table(HEADINGS, lines, [line[0] for line in lines]),
     ]
@@ -307,7 +317,7 @@ def html(study: str, rows: Sequence[Worth], picture: Path, remarks: Sequence[str
         study=study,
         question="what is a decayed end worth?",
         about=f"{len(rows)} decayed ends of {len(arms)} arms ({', '.join(arms)}).",
-        answer=answer(rows),
+        answer=found,
         parts=parts,
     )
     return render(page, picture)

@@ -59,6 +59,10 @@ class Point:
     def parameters(self) -> int:
         return self.ends[0].parameters
 
+    def cost(self, *, source_paid: bool) -> float:
+        """FLOPs with the training of the source counted, or left out."""
+        return self.paid if source_paid else self.flops
+
     @property
     def tokens_per_parameter(self) -> float:
         return self.ends[0].tokens_per_parameter
@@ -242,6 +246,24 @@ class SeedWorth:
 
 
 @dataclass(frozen=True)
+class Speedup:
+    """S by one way to count: a value, or else the bound that is known of it, and half of its interval."""
+
+    value: float | None
+    bound: Bound | None
+    half: float | None
+
+    @property
+    def least(self) -> float:
+        """The speed-up that is known to be reached."""
+        if self.value is not None:
+            return self.value
+        if self.bound is None or self.bound.side != ">":
+            return 0.0
+        return self.bound.value
+
+
+@dataclass(frozen=True)
 class Worth:
     """One arm at one horizon against scratch: the mean of the arm's seeds on the curve of scratch's runs of
     the same seeds; on that of all its seeds where scratch lacks one of them.
@@ -260,6 +282,12 @@ class Worth:
     difference: float | None  # loss − scratch's at equal FLOPs, source included; nats, negative is better
     difference_interval: float | None
     seeds: tuple[SeedWorth, ...]
+
+    def speedup(self, *, source_paid: bool) -> Speedup:
+        """S with the training of the source counted, or left out."""
+        if source_paid:
+            return Speedup(self.speedup_included, self.bound_included, self.interval_included)
+        return Speedup(self.speedup_excluded, self.bound_excluded, self.interval_excluded)
 
 
 def worths(ends: Sequence[End], against: Callable[[Point], bool] = lambda point: True) -> list[Worth]:

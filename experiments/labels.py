@@ -34,14 +34,14 @@ class Label:
 
 
 def write_names(axes: Axes, labels: Sequence[Label], passed_over: str) -> None:
-    """Write each name beside its point; none covers another or leaves the axes, and none covers a line as far
-    as that can be. A thin line leads to its point, which may be hidden under others.
+    """Write each name beside its point; none covers another text or leaves the axes, and none covers a line
+    as far as that can be. A thin line leads to its point, which may be hidden under others.
 
     Args:
         passed_over: the colour of the lines that names may cover.
     """
     samples = np.concatenate([*_samples(axes, passed_over), np.empty((0, 3))])
-    placed: list[Bbox] = []
+    placed = [text.get_window_extent() for text in axes.texts]
     for label in sorted(labels, key=lambda label: -label.up):
         aligned, below, box = _place(axes, label, samples, placed)
         placed.append(box)

@@ -79,6 +79,9 @@ class Study:
     `sources` are further ones, trained in their order, so that one can be grown from another; the run of the
     source NAME is `runs/STUDY-source-NAME`.
 
+    `source_is_there`: the question takes the sources' training as done; headline and picture of decayed ends
+    count it out, the tables count it both ways.
+
     `family`: the arms are products of several sizes, all of use, and the cost of all of them is compared.
     """
 
@@ -91,6 +94,7 @@ class Study:
     full: Extent
     judged_on: tuple[str, ...] = ()
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    source_is_there: bool = False
     family: bool = False
 
     def counts_as(self, arm: str) -> str:
@@ -162,6 +166,13 @@ def load_study(name: str) -> Study:
     UserError.collect(f"{path}: {fault}" for fault in faults)
     assert study is not None
     return study
+
+
+def takes_source_as_there(name: str) -> bool:
+    """Check whether the question of the study called `name` takes its source as there; one without a
+    definition does not.
+    """
+    return name in studies() and load_study(name).source_is_there
 
 
 def source_job(study: Study) -> Job | None:

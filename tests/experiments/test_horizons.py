@@ -21,6 +21,7 @@ from matplotlib.text import Text
 from helpers.runs import fabricate
 from outgrow.experiments.__main__ import main
 from outgrow.experiments.ends import RECORD, End, read_ends, write_ends
+from outgrow.experiments.figure import INK
 from outgrow.experiments.grown_run import Growth
 from outgrow.experiments.horizon_answer import answer
 from outgrow.experiments.horizon_picture import COLOURS, GREY, build
@@ -276,6 +277,24 @@ def test_the_table_and_the_sentence_say_what_was_measured(tmp_path: Path) -> Non
     assert "nothing can be said" in answer(worths(SCRATCH_ENDS))
 
 
+def test_the_answer_takes_a_source_as_there_where_the_study_asks_so() -> None:
+    """Growing pays then, though with everything paid it does not; the control is the one of the same own FLOPs."""
+    grown = [end("grown", 3e12, 2.5, source_flops=3e12, seed=seed, name=f"g{seed}") for seed in (0, 1)]
+    longer = [end("small", flops, 2.6, parameters=300) for flops in (3e12, 6e12)]
+    rows = worths([*SCRATCH_ENDS, *grown, *longer])
+    assert answer(rows, source_paid=False) == (
+        "At 60 tokens a parameter the seeds do not tell whether growth pays: grown is worth S = 1.33 against "
+        "scratch where the source is there already, and S = 0.67 with everything paid (seeds 0, 1). The "
+        "control, small trained on for 3.00 TFLOP, ends 0.100 nats higher than grown for 3.00."
+    )  # of two seeds that scratch lacks one of, no interval tells more
+    alone = worths([*SCRATCH_ENDS, grown[0], *longer])
+    assert "growth pays (one seed: not decided): grown is worth S = 1.33" in answer(alone, source_paid=False)
+    assert "growth does not pay (one seed: not decided): grown is worth S = 0.67" in answer(alone)
+    assert "small trained on for 6.00 TFLOP" in answer(alone)
+    inside = worths([CONTROL, *SCRATCH_ENDS, end("grown", 3e12, 2.5)])
+    assert answer(inside, source_paid=False) == answer(inside)  # without a source there is one way to count
+
+
 @pytest.mark.parametrize(
     ("flops", "loss", "sentence"),
     [  # scratch: 3.0 for 1, 2.5 for 4, 2.2 for 16 TFLOP
@@ -327,7 +346,7 @@ def test_the_control_stands_in_the_headline_and_is_no_grown_arm(loss: float, wor
 def test_the_picture_names_each_arm_at_its_end(tmp_path: Path) -> None:
     figure = build(worths([CONTROL, *SCRATCH_ENDS, end("grown", 2e12, 2.5)]))
     losses, speedups = figure.axes
-    assert {text.get_text() for text in losses.texts} == {"grown", "scratch", "small"}
+    assert {text.get_text() for text in losses.texts} == {"grown", "scratch", "small, the control"}
     assert {text.get_text() for text in speedups.texts} == {"grown 2.00", "scratch"}
     beyond = build(worths([CONTROL, *SCRATCH_ENDS, end("grown", 20e12, 2.0)]))
     assert "grown, S > 0.80" in {text.get_text() for text in beyond.axes[0].texts}
@@ -355,11 +374,51 @@ def test_few_lines_stand_out_and_the_others_are_grey() -> None:
     many = [end(f"arm{number}", 2e12, 2.5 + number / 100) for number in range(7)]
     figure = build(worths([CONTROL, *SCRATCH_ENDS, *many]))
     named = {text.get_text() for text in figure.axes[0].texts}
-    assert named == {"arm0", "arm1", "arm2", "arm3", "scratch", "small"}
+    assert named == {"arm0", "arm1", "arm2", "arm3", "scratch", "small, the control"}
     colours = [line.get_color() for line in figure.axes[0].get_lines()]
     assert colours.count(GREY) == 3
     assert len(set(colours)) == 7
-    assert legend_of(figure) == ["open: no interval (one seed)", "3 more in the table"]
+    assert legend_of(figure) == ["open: no interval (one seed)", "3 other lines: see the table"]
+
+
+def test_among_many_lines_those_stand_out_that_answer() -> None:
+    """The arm of the headline, which alone goes on, and the best two at the horizon that the others share."""
+    short = {"tokens": 20_000}  # a second horizon is of the headline's arm alone, and better than the rest
+    many = [end(f"arm{number:02}", 2e12, 2.5 + number / 100, **short) for number in range(11)]
+    ends = [*many, end("long", 2e12, 2.8, **short), end("long", 8e12, 2.3)]
+    ends += [end("later", 2e12, 2.85, **short), end("later", 6e12, 2.6)]
+    rows = worths([CONTROL, *SCRATCH_ENDS, *ends])
+    figure = build(rows)
+    named = {text.get_text() for text in figure.axes[0].texts}
+    assert named == {"long", "arm00", "arm01", "scratch", "small, the control"}
+    assert legend_of(figure)[-1] == "10 other lines: see the table"
+    worth = {text.get_text() for text in figure.axes[1].texts}
+    assert worth == {
+        "0.87",
+        "long 1.26",
+        "arm00 2.00",
+        "arm01 1.95",
+        "scratch",
+    }  # both ends of the headline's
+
+
+def test_the_control_stands_where_scratch_has_its_flops() -> None:
+    """Its own tokens a parameter are as many more as it is smaller; ends of one cost are compared."""
+    controls = [end("small", flops, 2.9, parameters=300) for flops in (2.01e12, 3e12)]
+    figure = build(worths([*SCRATCH_ENDS, end("grown", 2e12, 2.5), *controls]))
+    (line,) = [
+        line for line in figure.axes[1].get_lines() if len(line.get_xdata()) == 2 and line.get_color() != INK
+    ]
+    assert list(line.get_xdata()) == pytest.approx([40, 60])  # 2.01 is 2 in whole steps
+
+
+def test_names_leave_the_texts_of_the_axes_free() -> None:
+    figure = build(
+        worths([CONTROL, *SCRATCH_ENDS, *(end("stack", *at) for at in ((2e12, 2.6), (8e12, 2.345)))])
+    )
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in figure.axes[1].texts]
+    assert all(not one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_numbers_of_ticks_do_not_touch() -> None:
@@ -397,13 +456,40 @@ def test_an_end_without_an_interval_is_open_and_the_legend_says_why() -> None:
     assert len(speedups.collections) == 1  # one bar
 
 
-def test_an_arm_with_a_source_is_drawn_without_its_cost_too() -> None:
+@pytest.mark.parametrize(
+    ("source_paid", "speedup", "teraflop", "way", "title"),
+    [
+        (True, 2.0, 2.0, "included", "is worth\nS = 2.00 against scratch, everything paid (seed 0)."),
+        (
+            False,
+            2.67,
+            1.5,
+            "excluded",
+            "is worth\nS = 2.67 against scratch where the source is there already (seed 0).",
+        ),
+    ],
+)
+def test_the_picture_counts_the_source_one_way(
+    source_paid: bool, speedup: float, teraflop: float, way: str, title: str
+) -> None:
     grown = end("grown", 1.5e12, 2.5, source_flops=0.5e12)
-    figure = build(worths([CONTROL, *SCRATCH_ENDS, grown]))
-    assert "dotted: the source was there, its training is not counted" in legend_of(figure)
-    assert markers(figure.axes[1], COLOURS[0], "o") == {2.0: "white"}
-    assert markers(figure.axes[1], COLOURS[0], "D") == {2.67: "white"}
-    assert {"grown 2.00", "2.67"} <= {text.get_text() for text in figure.axes[1].texts}
+    figure = build(worths([CONTROL, *SCRATCH_ENDS, grown]), source_paid=source_paid)
+    losses, speedups = figure.axes
+    assert losses.get_xlabel() == f"TFLOP, the source {way}"
+    drawn = [line for line in losses.get_lines() if line.get_color() == COLOURS[0]]
+    assert [list(line.get_xdata()) for line in drawn] == [[teraflop]]
+    assert markers(speedups, COLOURS[0], "o") == {speedup: "white"}
+    assert f"grown {speedup:.2f}" in {text.get_text() for text in speedups.texts}
+    assert figure.get_suptitle().endswith(title)
+
+
+def test_a_number_stays_beside_its_interval() -> None:
+    ends = [CONTROL]
+    for seed in (0, 1, 2):
+        for flops, loss in ((1e12, 3.0), (4e12, 2.5), (16e12, 2.2)):
+            ends.append(end("scratch", flops, loss, seed=seed, name=f"s{seed}"))
+        ends.append(end("stack_22M", 6e12, 2.45 + seed / 1000, seed=seed, name=f"g{seed}"))
+    assert "S = 0.84 ± 0.01" in build(worths(ends)).get_suptitle()
 
 
 def test_names_near_the_bottom_of_the_picture_stay_inside_of_it() -> None:

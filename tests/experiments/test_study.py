@@ -157,8 +157,10 @@ def test_what_is_committed_are_the_runs_that_the_study_defines(
             assert end.seed in seeds
             # the grid is that of the first seed
             assert end.name.replace(f"-s{end.seed}-t", f"-s{seeds[0]}-t") in defined
-        is_family = load_study(name).family
-        table = products.markdown(products.families(ends)) if is_family else markdown(worths(ends))
+        if load_study(name).family:
+            table = products.markdown(products.families(ends))
+        else:
+            table = markdown(worths(ends), source_paid=not load_study(name).source_is_there)
         assert (HERE / name / "table.md").read_text() == table
         check_table(HERE / name / "README.md", table)
         return
