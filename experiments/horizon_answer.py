@@ -1,4 +1,4 @@
-"""The answer of a study's horizons, in two sentences made of its ends."""
+"""The answer of a study's horizons, in two or three sentences made of its ends."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from outgrow.experiments.runs import NULL_CONTROL, SCRATCH
 LEAST_SAVED = 1e-6  # of a token's FLOPs, by growing on the way: sums of one model differ less
 NONE_GREW = "No arm grew, so nothing can be said of a speed-up."
 THERE = "where the source is there already"
+PAYS = "growth pays"
 
 
 def answer(rows: Sequence[Worth], *, source_paid: bool = True) -> str:
-    """The finding in two sentences: what the best grown arm is worth at the longest horizon that one has with
-    seeds enough to decide, and where the control ends for the same FLOPs.
+    """The finding: what the best grown arm is worth at the longest horizon that one has with seeds enough to
+    decide, at which shorter one it paid if it does not there, and where the control ends for the same FLOPs.
 
     Args:
         source_paid: the verdict is on S with the source's training counted; else it is taken as there.
@@ -25,13 +26,16 @@ def answer(rows: Sequence[Worth], *, source_paid: bool = True) -> str:
     if best is None:
         return NONE_GREW
     other = _other_way(best, source_paid)
-    return f"{_finding(best, source_paid, other)} {_control(best, rows, source_paid)}"
+    finding = _finding(best, source_paid, other)
+    return f"{finding}{_last_paid(best, rows, source_paid)} {_control(best, rows, source_paid)}"
 
 
 def headline(rows: Sequence[Worth], *, source_paid: bool = True) -> str:
-    """The first sentence of the answer, with the one speed-up that it is about."""
+    """The answer without the control, with the one way of counting that it is about."""
     best = best_grown(rows, source_paid=source_paid)
-    return NONE_GREW if best is None else _finding(best, source_paid)
+    if best is None:
+        return NONE_GREW
+    return f"{_finding(best, source_paid)}{_last_paid(best, rows, source_paid)}"
 
 
 def best_grown(rows: Sequence[Worth], *, source_paid: bool) -> Worth | None:
@@ -61,6 +65,19 @@ def _finding(best: Worth, source_paid: bool, other: str = "") -> str:
         f"At {point.tokens_per_parameter:.0f} tokens a parameter {verdict}: {point.arm} is worth S "
         f"{relation} against scratch{way}{other} ({seeds})."
     )
+
+
+def _last_paid(best: Worth, rows: Sequence[Worth], source_paid: bool) -> str:
+    """A sentence on the longest horizon at which the same arm did pay; nothing where it pays at its end, or
+    never did.
+    """
+    own = [row for row in rows if row.point.arm == best.point.arm]
+    paying = [row for row in own if _verdict(row, source_paid) == PAYS]
+    if best in paying or not paying:
+        return ""
+    last = max(paying, key=lambda row: row.point.tokens)
+    relation = _relation(last.speedup(source_paid=source_paid))
+    return f" At {last.point.tokens_per_parameter:.0f} it paid: S {relation}."
 
 
 def _way(best: Worth, source_paid: bool) -> str:
@@ -101,7 +118,7 @@ def _verdict(row: Worth, source_paid: bool) -> str:
         return _verdict_of_bound(speedup.bound, clause)
     if _holds_break_even(row, speedup, source_paid):
         return "the seeds do not tell whether growth pays"
-    return f"growth pays{clause}" if speedup.value > 1.0 else f"growth does not pay{clause}"
+    return f"{PAYS}{clause}" if speedup.value > 1.0 else f"growth does not pay{clause}"
 
 
 def _holds_break_even(row: Worth, speedup: Speedup, source_paid: bool) -> bool:
@@ -123,7 +140,7 @@ def _verdict_of_bound(bound: Bound, clause: str) -> str:
     """The verdict, with its clause, where scratch's curve ends before the loss, or begins after it."""
     if bound.side == ">":
         pays = bound.value >= 1.0
-        return f"growth pays{clause}" if pays else "scratch ends too early to tell whether growth pays"
+        return f"{PAYS}{clause}" if pays else "scratch ends too early to tell whether growth pays"
     does_not = bound.value <= 1.0
     return (
         f"growth does not pay{clause}" if does_not else "scratch begins too late to tell whether growth pays"

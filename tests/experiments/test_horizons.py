@@ -672,3 +672,16 @@ def test_a_headline_speaks_of_an_arm_with_seeds_enough_before_one_of_a_longer_ho
     three = [dataclasses.replace(end("three", 4e12, 2.55), seed=seed) for seed in seeds]
     longer = dataclasses.replace(end("one", 4e12, 2.5), tokens=three[0].tokens * 2)
     assert "three is worth" in answer(worths([CONTROL, *scratch, *three, longer]))
+
+
+def test_an_answer_says_at_which_shorter_horizon_the_arm_paid() -> None:
+    seeds = (0, 1, 2)
+    scratch = [dataclasses.replace(one, seed=seed) for one in SCRATCH_ENDS for seed in seeds]
+    early = [dataclasses.replace(end("grown", 2e12, 2.5), seed=seed) for seed in seeds]
+    late = [dataclasses.replace(end("grown", 8e12, 2.5), seed=seed, tokens=4_000_000) for seed in seeds]
+    told = answer(worths([CONTROL, *scratch, *early, *late]))
+    sooner, later = (end("", 2e12, 2.5).tokens_per_parameter, late[0].tokens_per_parameter)
+    assert told.startswith(f"At {later:.0f} tokens a parameter growth does not pay: grown is worth")
+    assert f" At {sooner:.0f} it paid: S = 2.00 ± 0.00. The control" in told
+    assert "it paid" not in answer(worths([CONTROL, *scratch, *early]))  # it pays at its end
+    assert "it paid" not in answer(worths([CONTROL, *scratch, *late]))  # it never did
