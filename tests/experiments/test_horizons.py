@@ -483,6 +483,23 @@ def test_the_picture_counts_the_source_one_way(
     assert figure.get_suptitle().endswith(title)
 
 
+@pytest.mark.parametrize(
+    ("study", "first"),
+    [
+        ("from_a_trained_source", "S = 2.67 against scratch where"),
+        ("tiny", "S = 2.00 against scratch, everything"),
+    ],
+)
+def test_a_study_s_question_decides_how_its_source_is_counted(study: str, first: str, tmp_path: Path) -> None:
+    write_ends(
+        tmp_path / "ends.json", [CONTROL, *SCRATCH_ENDS, end("grown", 1.5e12, 2.5, source_flops=0.5e12)]
+    )
+    write([str(tmp_path / "ends.json")], tmp_path / study)
+    finding = (tmp_path / study / "table.md").read_text().split("\n")[0]
+    assert f"grown is worth {first}" in finding
+    assert finding in (tmp_path / study / "report.html").read_text()
+
+
 def test_a_number_stays_beside_its_interval() -> None:
     ends = [CONTROL]
     for seed in (0, 1, 2):
