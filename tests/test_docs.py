@@ -700,8 +700,8 @@ def test_the_hash_that_contributing_shows_is_todays() -> None:
     )
 
 
-def test_the_first_sentence_is_what_the_demo_found() -> None:
-    record = ROOT / "experiments" / "tiny" / RECORD
+def test_the_first_sentence_is_what_when_growth_pays_found() -> None:
+    record = ROOT / "experiments" / "when_growth_pays" / RECORD
     check_table(ROOT / "README.md", f"**{answer(worths(read_ends(record)))}**")
 
 
