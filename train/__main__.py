@@ -50,6 +50,15 @@ if TYPE_CHECKING:
     from hydra.conf import HydraConf
 
 FIRST_SECONDS = 5.0  # that the first process is given to tell an error
+# in the libraries' errors of an exchange that another process has left
+LEAVING = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"),
+    "Connection was likely closed",
+)
+LEFT_ALONE = (
+    "another process has ended, and its own words tell why; the same command goes on from the newest "
+    "checkpoint"
+)
 INTERRUPTED = 130  # as a shell ends what Ctrl-C stopped
 
 
@@ -70,14 +79,16 @@ def _hydra(cfg: DictConfig) -> None:
     except (
         Exception
     ) as error:  # a rate that diverges is what sweeps are for: the other points have their turn
-        expected = isinstance(error, UserError)
+        alone = is_left_alone(error)
+        expected = isinstance(error, UserError) or alone
         if running.mode != RunMode.MULTIRUN or slurm.in_job():
-            if not expected:
+            if alone or not expected:
                 raise
             _fail(str(error))
         if not expected:
             traceback.print_exc()
-        reason = str(error) if expected else in_one_line(error, 500)
+        words = LEFT_ALONE if alone else str(error)
+        reason = words if expected else in_one_line(error, 500)
         FAILED.append(f"{cfg.name}: {reason}")
         _say(f"error: {FAILED[-1]}; the sweep goes on")
 
@@ -92,6 +103,12 @@ def main() -> None:
             _run(sys.argv[1:])
     except UserError as error:
         _fail(str(error))
+    except RuntimeError as error:
+        if not is_left_alone(error):
+            raise
+        time.sleep(2 * FIRST_SECONDS)  # who ended first tells why, and its launcher ends this process
+        print(f"error: process {_rank()}: {LEFT_ALONE}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as stop:
         _say("stopped; the same command goes on from what is complete")
         sys.exit(os.EX_TEMPFAIL if isinstance(stop, Terminated) else INTERRUPTED)
@@ -240,7 +257,7 @@ def _fail(error: str, status: int = 2) -> NoReturn:
     The first of several processes tells one that all have, and its end ends the others; another tells what it
     meets alone.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _rank()
     if rank:
         time.sleep(FIRST_SECONDS)
         error = f"process {rank}: {error}"
@@ -248,8 +265,18 @@ def _fail(error: str, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
+def is_left_alone(error: Exception) -> bool:
+    """Check for the error that this process meets because another has ended."""
+    is_exchange = isinstance(error, RuntimeError)
+    return is_exchange and any(sign in str(error) for sign in LEAVING)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
 def _say(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _rank() == 0:
         print(text, file=sys.stderr)
 
 

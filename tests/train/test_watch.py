@@ -108,33 +108,8 @@ def test_a_watch_ends_nothing_while_steps_go_on(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 def test_a_process_that_stands_still_is_named_and_the_run_ends(overrides: list[str], tmp_path: Path) -> None:
-    out, port = tmp_path / "run", free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "outgrow.train",
-        *overrides,
-        "train.budget_tokens=25600000",
-        "train.hang_seconds=5",
-        f"out={out}",
-    ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    both = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**environment, "RANK": str(i), "LOCAL_RANK": str(i)},
-        )
-        for i in range(2)
-    ]
+    out = tmp_path / "run"
+    both = two_of(*overrides, "train.budget_tokens=25600000", "train.hang_seconds=5", f"out={out}")
     until_it_trains(out, both[0])
     both[1].send_signal(signal.SIGSTOP)
     words = both[0].communicate(timeout=600)[1]
@@ -146,11 +121,78 @@ def test_a_process_that_stands_still_is_named_and_the_run_ends(overrides: list[s
     assert "The same command goes on from the newest checkpoint" in words
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_another_leaves_alone_says_so_in_one_line(
+    overrides: list[str], tmp_path: Path, killed: int
+) -> None:
+    out = tmp_path / "run"
+    both = two_of(*overrides, "train.budget_tokens=25600000", "train.hang_seconds=5", f"out={out}")
+    until_it_trains(out, both[0])
+    both[killed].kill()
+    both[killed].communicate()
+    left = both[1 - killed]
+    words = left.communicate(timeout=600)[1]
+    assert left.returncode == 1
+    assert f"error: process {1 - killed}: another process has ended, and its own words tell why" in words
+    assert "Traceback" not in words
+
+
+def two_of(*overrides: str) -> list[subprocess.Popen[str]]:
+    """Two processes of one run, without a launcher that would end one with the other."""
+    both = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    both["MASTER_PORT"] = str(free_port())
+    started = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **both, "RANK": rank, "LOCAL_RANK": rank}
+        command = [sys.executable, "-m", "outgrow.train", *overrides]
+        started.append(
+            subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+        )
+    return started
+
+
 def until_it_trains(out: Path, process: subprocess.Popen[str]) -> None:
     end = time.monotonic() + 600
     while not ((out / "metrics.jsonl").exists() and len(rows(out, "train")) > 1) and process.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("error", "alone"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:7. This is …"), True),
+        (torch.distributed.DistBackendError("ncclRemoteError: remote process exited or there was …"), True),
+        (
+            torch.distributed.DistNetworkError("failed to recv, got 0 bytes. Connection was likely closed."),
+            True,
+        ),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ConnectionResetError("Connection reset by peer"), False),  # of a download
+    ],
+)
+def test_only_an_exchange_that_was_left_is_told_as_such(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, alone: bool
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(door, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(door, "_run", lambda _: (_ for _ in ()).throw(error))
+    with pytest.raises(SystemExit if alone else type(error)):
+        door.main()
+    assert ("process 1: another process has ended" in capsys.readouterr().err) is alone
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_watch_whose_store_ends_is_silent() -> None:
+    class Ended(torch.distributed.HashStore):
+        def set(self, key: str, value: str) -> None:
+            raise torch.distributed.DistNetworkError("Broken pipe")
+
+    watch = Watch(Ended(), 1, 2, 0.01)
+    watch.thread.start()
+    watch.thread.join(60)
+    assert not watch.thread.is_alive()
 
 
 @pytest.mark.slow

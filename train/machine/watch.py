@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -57,7 +57,7 @@ class Watch:
         self.count = 0
         self.since = time.monotonic()
         self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread = threading.Thread(target=self._watch_store, daemon=True)
 
     def start(self) -> None:
         """Give the first sign before any step, so that a process that stands still in its first one can be
@@ -70,6 +70,11 @@ class Watch:
         """The main thread has come to its next step, or its next evaluation."""
         self.count += 1
         self.since = time.monotonic()
+
+    def _watch_store(self) -> None:
+        """Watch as long as there is a store: where process 0 has ended with it, the next exchange tells."""
+        with suppress(torch.distributed.DistError):
+            self._watch()
 
     def _watch(self) -> None:
         beat = 0
