@@ -123,11 +123,14 @@ def build_model(
 ) -> PreTrainedModel:
     """A freshly initialised model: the library's own initialisation, drawn under `seed`, the global RNG left
     as it was.
+
+    Raises:
+        UserError: the library has no such family, or cannot build it with these sizes.
     """
     import torch
 
     hf_config = to_hf_config(config)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _building(hf_config):
         torch.manual_seed(seed)
         return library_class(hf_config).from_config(
             hf_config,
@@ -140,17 +143,36 @@ def build_model(
 def empty_model(
     config: Config, *, dtype: torch.dtype, device: torch.device | str = "cpu", attention: str | None = None
 ) -> PreTrainedModel:
-    """A model whose parameters hold nothing yet (its buffers do), tied where its config ties, on `device`."""
+    """A model whose parameters hold nothing yet (its buffers do), tied where its config ties, on `device`.
+
+    Raises:
+        UserError: the library has no such family, or cannot build it with these sizes.
+    """
     import torch
     from transformers.initialization import no_init_weights
 
     hf_config = to_hf_config(config)
-    with no_init_weights(), torch.device(device):
+    with no_init_weights(), torch.device(device), _building(hf_config):
         model = library_class(hf_config).from_config(
             hf_config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
     model.tie_weights()
     return model
+
+
+@contextmanager
+def _building(config: PretrainedConfig) -> Iterator[None]:
+    """Tell a user whose sizes the library's class cannot be built with: most classes check none of them, and
+    end in a division by zero or an assertion.
+    """
+    try:
+        yield
+    except (ZeroDivisionError, AssertionError, TypeError, AttributeError, IndexError, KeyError) as fault:
+        raise UserError(
+            f"config: transformers cannot build model_type {config.model_type!r} with it "
+            f"({in_one_line(fault, 300)}); give every size that its class needs, such that they go together: "
+            "heads, key and value heads, head sizes, and special tokens below vocab_size"
+        ) from fault
 
 
 def load_model(

@@ -260,6 +260,11 @@ def _filled(draft: Draft, template: Axis, length: int, name: str, config: Config
     least = size(axis, sizes | {OPEN.name: 0})
     more = size(axis, sizes | {OPEN.name: 1})
     step = more - least
+    if step == 0:
+        raise Unfit(
+            f"{name}: an axis of {length} is said to be {str(axis)!r}, of which one is 0 here; are there "
+            "more key and value heads than heads?"
+        )
     number, rest = divmod(length - least, step)
     if rest or number < 1:
         raise Unfit(

@@ -422,3 +422,21 @@ def test_a_dry_run_of_other_classes_needs_no_weights(kind: str) -> None:
         ]
     )
     assert forecast(dataclasses.replace(settings, target=config)).memory.activations > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("smollm3", "transformers cannot build model_type 'smollm3' with it (AssertionError: Padding_idx"),
+        ("nemotron", "transformers cannot build model_type 'nemotron' with it (TypeError: "),
+        ("minicpm3", "of which one is 0 here; are there more key and value heads than heads?"),
+        ("stablelm", "the sizes of its config do not go together"),
+    ],
+)
+def test_sizes_that_a_class_cannot_have_are_told_in_one_line(kind: str, told: str) -> None:
+    """A target of four sizes whose class has others by default: 32 key and value heads, say."""
+    sizes = "vocab_size:320,hidden_size:64,num_attention_heads:4,num_hidden_layers:4"
+    target = f"target={{model_type:{kind},{sizes}}}"
+    settings = compose(["experiment=tiny", "growth=stack_in_trunk", "source=null", target])
+    with pytest.raises(UserError, match=re.escape(told)):
+        forecast(settings)

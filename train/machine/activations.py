@@ -194,7 +194,7 @@ def on_fakes(network: Any) -> Iterator[None]:
     """Run a fake network's forward pass in the block.
 
     Raises:
-        UserError: the class's forward pass depends on values, which a fake network has not.
+        UserError: the class's forward pass fails, or depends on values, which a fake network has not.
     """
 
     def first_expert(tokens: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
@@ -210,6 +210,7 @@ def on_fakes(network: Any) -> Iterator[None]:
             yield
     except Exception as fault:  # the library's classes raise every kind
         raise UserError(
-            f"the memory of {type(network).__name__} cannot be forecast: its forward pass depends "
-            f"on values of weights or tokens, which there are none of here ({in_one_line(fault)})"
+            f"the memory of {type(network).__name__} cannot be forecast: the sizes of its config do not go "
+            "together, or its forward pass depends on values of weights or tokens, which there are none of "
+            f"here ({in_one_line(fault)})"
         ) from None
