@@ -124,7 +124,7 @@ def _verdict(row: Worth, source_paid: bool) -> str:
 def _holds_break_even(row: Worth, speedup: Speedup, source_paid: bool) -> bool:
     """Check whether the seeds leave both open. A seed outside of its own scratch's curve has no speed-up, so
     there is no interval of S; the difference at equal FLOPs, which reaches further and counts the source,
-    decides then.
+    decides then. Seeds that have neither decide nothing.
     """
     assert speedup.value is not None
     if speedup.half is not None:
@@ -132,7 +132,7 @@ def _holds_break_even(row: Worth, speedup: Speedup, source_paid: bool) -> bool:
     if not source_paid:
         return len(row.seeds) > 1
     if row.difference is None or row.difference_interval is None:
-        return False
+        return not undecided(len(row.seeds))  # of fewer, the sentence itself says so
     return abs(row.difference) <= row.difference_interval
 
 

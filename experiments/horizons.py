@@ -215,20 +215,28 @@ def curve_of(points: Sequence[Point]) -> BaselineCurve:
 
 
 def curve_of_seeds(points: Sequence[Point], seeds: Collection[int]) -> BaselineCurve | None:
-    """L(C) through the mean losses of these seeds at the same points; None where a point lacks one of them,
-    or the losses rise.
+    """L(C) through the mean losses of these seeds, over the stretch of `points` that all of them have; None
+    where that is fewer than two, one between lacks a seed, or the losses rise.
     """
     costs: list[float] = []
     losses: list[float] = []
-    for point in points:
+    having = [number for number, point in enumerate(points) if _has(point, seeds)]
+    stretch = points[having[0] : having[-1] + 1] if having else ()
+    if not len(stretch) == len(having) > 1:
+        return None
+    for point in stretch:
         own = [end for end in point.ends if end.seed in seeds]
-        if {end.seed for end in own} != set(seeds):
-            return None
         costs.append(fmean(end.flops for end in own))
         losses.append(fmean(end.val_loss for end in own))
     steps = itertools.pairwise(losses)
     falling = all(after < before for before, after in steps)
     return BaselineCurve(tuple(costs), tuple(losses)) if falling else None
+
+
+def _has(point: Point, seeds: Collection[int]) -> bool:
+    """Check whether all these seeds were run to this end."""
+    own = {end.seed for end in point.ends}
+    return own.issuperset(seeds)
 
 
 @dataclass(frozen=True)

@@ -273,7 +273,8 @@ def test_the_table_and_the_sentence_say_what_was_measured(tmp_path: Path) -> Non
     losing = worths([CONTROL, *SCRATCH_ENDS, end("grown", 4e12, 2.6)])
     assert "growth does not pay (one seed: not decided): grown is worth S = 0.76" in answer(losing)
     three = [end("grown", 4e12, 2.6, seed=seed, name=f"g{seed}") for seed in (0, 1, 2)]
-    assert "growth does not pay: grown is worth S = 0.76" in answer(worths([CONTROL, *SCRATCH_ENDS, *three]))
+    without_interval = answer(worths([CONTROL, *SCRATCH_ENDS, *three]))
+    assert "the seeds do not tell whether growth pays: grown is worth S = 0.76" in without_interval
     assert "nothing can be said" in answer(worths(SCRATCH_ENDS))
 
 
@@ -702,3 +703,16 @@ def test_an_answer_says_at_which_shorter_horizon_the_arm_paid() -> None:
     assert f" At {sooner:.0f} it paid: S = 2.00 ± 0.00. The control" in told
     assert "it paid" not in answer(worths([CONTROL, *scratch, *early]))  # it pays at its end
     assert "it paid" not in answer(worths([CONTROL, *scratch, *late]))  # it never did
+
+
+def test_a_horizon_that_scratch_has_of_one_seed_alone_takes_nothing_from_the_others() -> None:
+    seeds = (0, 1, 2)
+    scratch = [dataclasses.replace(one, seed=seed) for one in SCRATCH_ENDS for seed in seeds]
+    arm = [dataclasses.replace(end("grown", 4e12, 2.55), seed=seed) for seed in seeds]
+    longer = end("scratch", 64e12, 2.0)
+    without, beside = (worths([CONTROL, *scratch, *more, *arm])[0] for more in ((), (longer,)))
+    assert beside.speedup_included == pytest.approx(without.speedup_included)
+    assert beside.interval_included == pytest.approx(0.0)
+    # a gap within the curve would be bridged by a straight line that lies above it
+    gap = [one for one in scratch if one.seed == 0 or one.flops != 4e12]
+    assert worths([CONTROL, *gap, *arm])[0].interval_included is None
