@@ -380,18 +380,22 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
         )
     if growth.operator == "scratch" and takes_moments:
         faults.append("transfer.optimizer: growth=scratch has no weights that the source's moments belong to")
-    needs_adam = takes_moments or transfer.mup or settings.train.keep_optimizer
-    if needs_adam and settings.optimizer.name != "adamw":
-        faults.append(
-            "transfer.optimizer, transfer.mup, train.keep_optimizer: for optimizer=adamw; found "
-            f"{settings.optimizer.name}"
-        )
+    grows_moments = any(stage.moments for stage in growth.stages)
+    needs_adam = {
+        "transfer.optimizer": takes_moments,
+        "transfer.mup": transfer.mup,
+        "train.keep_optimizer": settings.train.keep_optimizer,
+        "growth.stages.moments": grows_moments,
+    }
+    if settings.optimizer.name != "adamw":
+        needing = [key for key, wanted in needs_adam.items() if wanted]
+        faults += [f"{key}: for optimizer=adamw; found {settings.optimizer.name}" for key in needing]
     unsharded = {
         "transfer.inherited_rate": own_rate,
         "schedule.rewarm=new": settings.schedule.rewarm == "new",
         "transfer.optimizer": takes_moments,
         "train.keep_optimizer": settings.train.keep_optimizer,
-        "growth.stages.moments": any(stage.moments for stage in growth.stages),
+        "growth.stages.moments": grows_moments,
     }
     if settings.sharding.name == "full":
         needing = [key for key, wanted in unsharded.items() if wanted]

@@ -256,11 +256,11 @@ def _choice_holds(tree: Tree, override: Override, faults: list[str]) -> bool:
     group = override.key_or_group
     chosen = override.value()
     known = tree.leaves(group)
-    no_choice = override.is_delete() or chosen is None
-    if no_choice or str(chosen) in known:
+    if override.is_delete() or str(chosen) in known:
         return True
-    near = did_you_mean(str(chosen), known)
-    choice = f"{group}={chosen}"
+    name = "null" if chosen is None else str(chosen)
+    near = did_you_mean(name, known)
+    choice = f"{group}={name}"
     faults.append(f"{choice}: unknown {group}; {near}")
     return False
 

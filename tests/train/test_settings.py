@@ -37,6 +37,7 @@ def fault(*overrides: str) -> str:
         ("train.bugdet_tokens=5", "train.bugdet_tokens: unknown key; did you mean 'budget_tokens'"),
         ("+train.contxt=5", "train.contxt: unknown key; did you mean 'context'"),
         ("growth=scrach", "unknown growth; did you mean 'scratch'"),
+        ("logger=null", "logger=null: unknown logger; known: none, "),
         ("sed=1", "sed: unknown key; did you mean 'seed'"),
         ("nosie=0.3", "nosie: unknown key; did you mean 'growth.noise'?"),
         ("train.lerning_rate=1", "train.lerning_rate: unknown key; did you mean 'optimizer.learning_rate'?"),

@@ -605,7 +605,7 @@ def test_several_processes_give_the_losses_of_one(
         (["growth=scratch", "transfer.mup=true"], "transfer.mup: needs a source"),
         (
             ["source=x", "growth=lossless", "transfer=continued", "optimizer=muon"],
-            "for optimizer=adamw; found muon",
+            "transfer.optimizer: for optimizer=adamw; found muon",
         ),
         (
             ["source=x", "growth=lossless", "transfer=frozen", "sharding=full"],
@@ -622,6 +622,10 @@ def test_several_processes_give_the_losses_of_one(
         (
             ["source=x", "growth=lossless", "transfer=distilled", "transfer.teacher.until=0"],
             "transfer.teacher.until: a share",
+        ),
+        (
+            ["growth=g_stack", "growth.stages=[{until:0.5},{until:1.0,moments:true}]", "optimizer=muon"],
+            "growth.stages.moments: for optimizer=adamw; found muon",
         ),
         (
             ["growth=g_stack", "growth.stages=[{until:0.5},{until:0.4}]"],
