@@ -69,6 +69,7 @@ def by_line(rows: Sequence[Worth]) -> dict[Line, list[Worth]]:
 
 
 def line_of(row: Worth) -> Line:
+    """The line that an end belongs to."""
     return row.point.arm, row.point.optimizer
 
 

@@ -218,12 +218,14 @@ def curve_of_seeds(points: Sequence[Point], seeds: Collection[int]) -> BaselineC
     """L(C) through the mean losses of these seeds, over the stretch of `points` that all of them have; None
     where that is fewer than two, one between lacks a seed, or the losses rise.
     """
+    having = [number for number, point in enumerate(points) if _has(point, seeds)]
+    if len(having) < 2:
+        return None
+    stretch = points[having[0] : having[-1] + 1]
+    if len(stretch) > len(having):
+        return None
     costs: list[float] = []
     losses: list[float] = []
-    having = [number for number, point in enumerate(points) if _has(point, seeds)]
-    stretch = points[having[0] : having[-1] + 1] if having else ()
-    if not len(stretch) == len(having) > 1:
-        return None
     for point in stretch:
         own = [end for end in point.ends if end.seed in seeds]
         costs.append(fmean(end.flops for end in own))
