@@ -251,9 +251,9 @@ def run_steps(work: Path) -> dict[str, Any]:
 
 def read_steps(work: Path) -> dict[str, Any]:
     """The record of the page's commands, which were run in `work`; their picture goes beside the page."""
-    shutil.copyfile(work / "runs/evaluation/commonsense.png", PICTURE)
+    shutil.copyfile(work / "runs/evaluation/commonsense/commonsense.png", PICTURE)
     receipt = json.loads((work / "grown/smollm2/growth.json").read_text())["receipt"]
-    runs = json.loads((work / "runs/evaluation/commonsense.json").read_text())["runs"]
+    runs = json.loads((work / "runs/evaluation/commonsense/commonsense.json").read_text())["runs"]
     summary = json.loads((work / "runs/smollm2/summary.json").read_text())
     training = {key: summary[key] for key in ("steps", "tokens", "start_val_loss", "final_val_loss")}
     keep_items(work)
@@ -263,7 +263,7 @@ def read_steps(work: Path) -> dict[str, Any]:
 
 def keep_items(work: Path) -> None:
     """Keep the rows beside Phi's, which the page's commands wrote in `work`: a record, and their picture."""
-    runs = json.loads((work / "runs/evaluation/phi_2.json").read_text())["runs"]
+    runs = json.loads((work / "runs/evaluation/phi_2/phi_2.json").read_text())["runs"]
     run, summary = (
         json.loads((work / "runs/smollm2" / name).read_text()) for name in ("run.json", "summary.json")
     )

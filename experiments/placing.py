@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
 from outgrow.experiments.study_file import studies
-from outgrow.model.base.files import write_json
+from outgrow.model.base.files import telling_disk_faults, write_json
+from outgrow.model.base.locks import Lock
 
 RECORD = "made_of.json"  # the inputs of a result that was made by hand
 
@@ -21,24 +23,56 @@ def by_hand(study: str) -> Path:
 
 
 @contextmanager
-def placed(named: Path | None, default: Path, inputs: Sequence[str]) -> Iterator[Path]:
+def placed(
+    named: Path | None, default: Path, inputs: Sequence[str], flag: str = "--out DIR"
+) -> Iterator[Path]:
     """Yield the folder for a result of `inputs`: the one that was named, or `default`, or, where that holds a
-    result of other inputs, the first of `default-2`, `default-3`, … that does not.
+    result of other inputs, the first of `default-2`, `default-3`, … that does not. No other command writes
+    there in the block.
+
+    Args:
+        flag: how the user names a folder.
+
+    Raises:
+        UserError: the folder cannot be made or read.
     """
     if named is not None:
-        yield named
-        (named / RECORD).unlink(missing_ok=True)  # it is the user's: nothing goes there unasked
+        with _held(named):
+            yield named
+            (named / RECORD).unlink(missing_ok=True)  # it is the user's: nothing goes there unasked
         return
     paths = sorted(str(Path(name).absolute()) for name in inputs)
     folder = default
     for number in count(2):
-        if _may_hold(folder, paths):
-            break
+        with _held(folder):
+            if _may_hold(folder, paths):
+                if folder != default:
+                    beside = f"this one goes to {folder} ({flag} names another)"
+                    print(f"{default} holds a result of other runs; {beside}")
+                yield folder
+                write_json(folder / RECORD, paths)
+                return
         folder = default.with_name(f"{default.name}-{number}")
-    if folder != default:
-        print(f"{default} holds a result of other runs; this one goes to {folder} (--out DIR names another)")
-    yield folder
-    write_json(folder / RECORD, paths)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Make a folder, and keep other commands from writing there in the block; left empty, it is removed."""
+
+    def tell(holder: str) -> None:
+        print(f"{folder}: another command writes there; waiting for {holder}", file=sys.stderr)
+
+    with telling_disk_faults(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = Lock(folder.resolve())
+    with lock:
+        with telling_disk_faults(folder):
+            lock.wait(tell)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it holds something, unless nothing could be written
+                folder.rmdir()
 
 
 def _may_hold(folder: Path, paths: Sequence[str]) -> bool:

@@ -143,12 +143,15 @@ def folder_of(name: str) -> Path:
 
 
 def results_folder(name: str, full: bool) -> Path:
-    """The folder of a study's comparison: of its full extent the study's own, if the user may write there."""
+    """The folder of a study's comparison: of its full extent the study's own, if that is of the working
+    directory.
+    """
     folder = folder_of(name)
     own = folder.resolve().is_relative_to(Path.cwd())
     if full and own:
         return folder
-    return Path("runs") / f"comparison-{name}"
+    extent = "-full" if full else ""
+    return Path("runs") / f"comparison-{name}{extent}"
 
 
 def load_study(name: str) -> Study:

@@ -26,6 +26,8 @@ def _cost(folders: Sequence[str], overrides: Sequence[str]) -> None:
     """Count and measure the folders, and write and print their table."""
     from outgrow.experiments.footprint.footprint import footprints, settings_from
     from outgrow.experiments.footprint.table import as_csv, as_json, markdown
+    from outgrow.experiments.placing import placed
+    from outgrow.experiments.publish import Writer, write_together
     from outgrow.model.base.files import write_json, write_text
 
     settings = settings_from(overrides)
@@ -34,11 +36,15 @@ def _cost(folders: Sequence[str], overrides: Sequence[str]) -> None:
             "cost: give runs or checkpoints, such as outgrow cost runs/phi_1b-lossless-s0 devices=[H100]"
         )
     rows = footprints(folders, settings)
-    out = Path(settings.out)
     text = markdown(rows, settings)
-    write_text(out / "cost.md", text)
-    write_text(out / "cost.csv", as_csv(rows))
-    write_json(out / "cost.json", as_json(rows, settings))
+    writers: dict[str, Writer] = {
+        "cost.md": lambda path: write_text(path, text),
+        "cost.csv": lambda path: write_text(path, as_csv(rows)),
+        "cost.json": lambda path: write_json(path, as_json(rows, settings)),
+    }
+    named = None if settings.out is None else Path(settings.out)
+    with placed(named, Path("runs/cost"), folders, "out=DIR") as out:
+        write_together(out, writers)
     print(text)
     print(f"{out / 'cost'}.md, .csv, .json")
 

@@ -28,7 +28,7 @@ class CostSettings:
     context: int
     mfu: float
     measure: bool
-    out: str
+    out: str | None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ outgrow evaluate CHECKPOINT suite=phi_2 tasks=DIR only=[piqa,boolq]       offlin
 outgrow evaluate CHECKPOINT only=[humaneval,mbpp] run_code=true           runs the programs that the model
                                                                           writes
 
-Scores are kept task by task in out/scores, so that a command that was stopped goes on. Keys and defaults:
+Scores are kept task by task in runs/evaluation/scores, or out/scores, so that a command that was stopped
+goes on. Keys and defaults:
 
 """
 
@@ -29,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate(runs: Sequence[str], overrides: Sequence[str]) -> None:
     """Measure the runs, and write and print their table."""
-    from outgrow.experiments.suite.evaluate import evaluate, settings_from
+    from outgrow.experiments.placing import placed
+    from outgrow.experiments.publish import Writer, write_together
+    from outgrow.experiments.suite.evaluate import HOME, evaluate, settings_from
     from outgrow.experiments.suite.figure import draw
     from outgrow.experiments.suite.table import as_json, markdown
     from outgrow.model.base.files import write_json, write_text
@@ -42,13 +45,16 @@ def _evaluate(runs: Sequence[str], overrides: Sequence[str]) -> None:
     suite = settings.suite
     evaluated = evaluate(runs, settings)
     text = markdown(suite, evaluated)
-    stem = Path(settings.out) / suite.name
-    write_text(Path(f"{stem}.md"), text)
-    record = as_json(suite, evaluated)
-    write_json(Path(f"{stem}.json"), record)
-    draw(suite, evaluated, Path(f"{stem}.png"))
+    writers: dict[str, Writer] = {
+        f"{suite.name}.md": lambda path: write_text(path, text),
+        f"{suite.name}.json": lambda path: write_json(path, as_json(suite, evaluated)),
+        f"{suite.name}.png": lambda path: draw(suite, evaluated, path),
+    }
+    named = None if settings.out is None else Path(settings.out)
+    with placed(named, HOME / suite.name, runs, "out=DIR") as out:
+        write_together(out, writers)
     print(text)
-    print(f"{stem}.md, .json, .png")
+    print(f"{out / suite.name}.md, .json, .png")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from outgrow.model.locate import locate
 from outgrow.train.run.folder import FINAL, RUN
 from outgrow.train.suite.suite import BenchmarkTask, Suite, group_averages
 
+HOME = Path("runs/evaluation")  # of scores, where no folder is named
 OWN_ITEMS = re.compile(r"\bbenchmark_items: *true\b")  # in the metadata of a task file
 
 
@@ -35,7 +36,7 @@ class EvaluateSettings:
     run_code: bool
     device: str
     dtype: Literal["float32", "bfloat16", "float16"]
-    out: str
+    out: str | None
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _disagreements(settings: EvaluateSettings) -> Iterator[str]:
 def evaluate(
     runs: Sequence[str], settings: EvaluateSettings, say: Callable[[str], None] = print
 ) -> list[Evaluated]:
-    """Every run's scores on the suite; those that lie in `settings.out` are read.
+    """Every run's scores on the suite; those that lie in `settings.out`, or HOME, are read.
 
     Raises:
         UserError: a run has no checkpoint or no tokenizer, or a task cannot be measured; scores that were
@@ -80,7 +81,7 @@ def evaluate(
     """
     suite = settings.suite.of(settings.only)
     folders = [checkpoint_of(Path(run)) for run in runs]
-    out = Path(settings.out)
+    out = HOME if settings.out is None else Path(settings.out)
     scores = [Scores(out, folder, settings) for folder in folders]
 
     def is_missing(task: BenchmarkTask) -> bool:
@@ -244,7 +245,6 @@ class Scores:
 
     def put(self, task: BenchmarkTask, score: Mapping[str, Any]) -> None:
         """Keep a score."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         record = {**score, "asked": asdict(task), "conditions": self.conditions(task)}
         write_json(self.folder / f"{task.task}.json", record)
 

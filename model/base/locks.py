@@ -86,6 +86,8 @@ class Lock:
         os.pwrite(self.descriptor, signature.encode(), 0)
 
     def _signature(self) -> str:
+        if self.path.is_dir():  # which nobody signs
+            return ""
         return self.path.read_text(encoding="utf-8", errors="replace").strip()
 
     def holder(self) -> str:

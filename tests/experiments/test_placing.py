@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from helpers.runs import SOURCE, fabricate
 from outgrow.experiments.__main__ import main
+from outgrow.experiments.footprint.__main__ import main as cost
+from outgrow.experiments.footprint.footprint import CostSettings, Footprint
 from outgrow.experiments.placing import RECORD, by_hand, placed
 from outgrow.experiments.study_file import results_folder
+from outgrow.experiments.suite.__main__ import main as evaluate
+from outgrow.experiments.suite.evaluate import Evaluated, EvaluateSettings
+from outgrow.model.base import locks
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +52,15 @@ def test_a_comparison_by_hand_leaves_the_studys_own(capsys: pytest.CaptureFixtur
     assert main(["compare", *runs_of("tiny", 0)]) == 0
     assert (own / "report.html").read_text() == "the study's own"
     assert "runs/comparison-tiny-by-hand/report.html" in capsys.readouterr().out
+
+
+def test_the_full_extent_of_a_study_leaves_the_result_of_the_shorter_one() -> None:
+    full, short = results_folder("tiny", full=True), results_folder("tiny", full=False)
+    assert (full, short) == (Path("runs/comparison-tiny-full"), Path("runs/comparison-tiny"))
+    own = Path("experiments/mine")  # of the working directory, as in a clone
+    own.mkdir(parents=True)
+    (own / "study.yaml").touch()
+    assert results_folder("mine", full=True) == own
 
 
 def test_a_comparison_of_other_runs_gets_a_folder_beside(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,3 +112,70 @@ def test_a_result_that_was_not_written_takes_no_folder() -> None:
 def test_only_a_study_has_a_folder_of_its_own() -> None:
     assert by_hand("mine") == Path("runs/comparison-mine")
     assert by_hand("tiny") == Path("runs/comparison-tiny-by-hand")
+
+
+def test_a_table_of_the_costs_of_other_models_gets_a_folder_beside(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows(names: list[str], settings: CostSettings) -> list[Footprint]:
+        return [Footprint(name, "L4", "forecast", 1, 1) for name in names]
+
+    monkeypatch.setattr("outgrow.experiments.footprint.footprint.footprints", rows)
+    assert cost(["one"]) == 0
+    before = Path("runs/cost/cost.md").read_text()
+    assert cost(["other"]) == 0
+    assert "this one goes to runs/cost-2 (out=DIR names another)" in capsys.readouterr().out
+    assert Path("runs/cost/cost.md").read_text() == before
+    assert "**other**" in Path("runs/cost-2/cost.md").read_text()
+    assert cost(["other", "one"]) == 0
+    assert "**other**" in Path("runs/cost/cost.md").read_text()
+
+
+@pytest.mark.filterwarnings("error:constrained_layout not applied")
+def test_a_suites_table_of_other_runs_gets_a_folder_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scores(runs: list[str], settings: EvaluateSettings) -> list[Evaluated]:
+        groups = dict.fromkeys(task.group for task in settings.suite.tasks)
+        return [Evaluated(run, Path(run), {}, groups, None) for run in runs]
+
+    monkeypatch.setattr("outgrow.experiments.suite.evaluate.evaluate", scores)
+    for given in (["one"], ["other"], ["one", "suite=commonsense"], ["other", "out=named"]):
+        assert evaluate(given) == 0
+    tables = {str(path): path.read_text() for path in Path().rglob("*.md")}
+    expected = {
+        "runs/evaluation/phi_2/phi_2.md": "one",
+        "runs/evaluation/phi_2-2/phi_2.md": "other",
+        "runs/evaluation/commonsense/commonsense.md": "one",
+        "named/phi_2.md": "other",
+    }
+    assert tables.keys() == expected.keys()
+    assert all(f"**{run}**" in tables[path] for path, run in expected.items())
+
+
+@pytest.mark.parametrize("named", [None, Path("named")])
+def test_two_commands_at_once_do_not_write_into_one_folder(
+    named: Path | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(locks, "PATIENCE_SECONDS", 0.0)
+    default = Path("runs/horizons")
+    order: list[str] = []
+
+    def second() -> None:
+        with placed(named, default, ["b"]) as folder:
+            order.append(str(folder))
+
+    waiting = threading.Thread(target=second)
+    with placed(named, default, ["a"]) as folder:
+        waiting.start()
+        time.sleep(0.3)
+        (folder / "report.html").write_text("a")
+        order.append(str(folder))
+    waiting.join(60)
+    assert order == (["named"] * 2 if named else ["runs/horizons", "runs/horizons-2"])
+    assert "another command writes there; waiting for another process" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").touch()
+    for out in ("file", "file/below"):
+        assert main(["compare", *runs_of(f"mine{len(out)}", 0), "--out", out]) == 2
+        assert f"error: {out}: could not be written (" in capsys.readouterr().err
