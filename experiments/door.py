@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from outgrow.model.base.compose import CONF
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.overrides import paths_and_overrides
+from outgrow.model.base.overrides import own_folder, paths_and_overrides
 
-Work = Callable[[list[str], list[str]], None]
+Work = Callable[[list[str], list[str], Path | None], None]
 
 
 def go_through(
     arguments: Sequence[str] | None, usage: str | None, leaf: str, work: Work, stopped: str
 ) -> int:
-    """Call `work` with the names and the overrides among `arguments`; return the command's exit status.
+    """Call `work` with the names and the overrides among `arguments`, and the folder of the user's own leaves
+    (`--config-dir DIR`); return the command's exit status.
 
     Args:
         arguments: None for those of this process.
@@ -27,9 +29,10 @@ def go_through(
         defaults = (CONF / leaf).read_text(encoding="utf-8")
         print(f"{usage}{defaults}")
         return 0
-    names, overrides = paths_and_overrides(words)
     try:
-        work(names, overrides)
+        own, others = own_folder(words)
+        names, overrides = paths_and_overrides(others)
+        work(names, overrides, own)
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

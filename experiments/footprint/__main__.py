@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return go_through(arguments, __doc__, "cost.yaml", _cost, "stopped")
 
 
-def _cost(folders: Sequence[str], overrides: Sequence[str]) -> None:
+def _cost(folders: Sequence[str], overrides: Sequence[str], own: Path | None) -> None:
     """Count and measure the folders, and write and print their table."""
     from outgrow.experiments.footprint.footprint import footprints, settings_from
     from outgrow.experiments.footprint.table import as_csv, as_json, markdown
@@ -30,7 +30,7 @@ def _cost(folders: Sequence[str], overrides: Sequence[str]) -> None:
     from outgrow.experiments.publish import Writer, write_together
     from outgrow.model.base.files import write_json, write_text
 
-    settings = settings_from(overrides)
+    settings = settings_from(overrides, own)
     if not folders:
         raise UserError(
             "cost: give runs or checkpoints, such as outgrow cost runs/phi_1b-lossless-s0 devices=[H100]"

@@ -87,13 +87,13 @@ class Device:
     memory: float | None
 
 
-def settings_from(overrides: Sequence[str]) -> CostSettings:
+def settings_from(overrides: Sequence[str], own: Path | None = None) -> CostSettings:
     """The settings under overrides such as `devices=[H100]`.
 
     Raises:
         UserError: with every fault of them.
     """
-    cfg, faults = compose_config(CONF, "cost", list(overrides))
+    cfg, faults = compose_config(CONF, "cost", list(overrides), own)
     return settings_of(CostSettings, cfg, faults, _disagreements)
 
 

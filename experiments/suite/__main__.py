@@ -6,6 +6,8 @@ outgrow evaluate CHECKPOINT suite=phi_2 tasks=DIR only=[piqa,boolq]       offlin
                                                                           lm-evaluation-harness's YAML format
 outgrow evaluate CHECKPOINT only=[humaneval,mbpp] run_code=true           runs the programs that the model
                                                                           writes
+outgrow evaluate CHECKPOINT suite=mine --config-dir DIR                   a suite of your own:
+                                                                          DIR/suite/mine.yaml
 
 Scores are kept task by task in runs/evaluation/scores, or out/scores, so that a command that was stopped
 goes on. Keys and defaults:
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return go_through(arguments, __doc__, "evaluate.yaml", _evaluate, stopped)
 
 
-def _evaluate(runs: Sequence[str], overrides: Sequence[str]) -> None:
+def _evaluate(runs: Sequence[str], overrides: Sequence[str], own: Path | None) -> None:
     """Measure the runs, and write and print their table."""
     from outgrow.experiments.placing import placed
     from outgrow.experiments.publish import Writer, write_together
@@ -37,7 +39,7 @@ def _evaluate(runs: Sequence[str], overrides: Sequence[str]) -> None:
     from outgrow.experiments.suite.table import as_json, markdown
     from outgrow.model.base.files import write_json, write_text
 
-    settings = settings_from(overrides)
+    settings = settings_from(overrides, own)
     if not runs:
         raise UserError(
             "evaluate: give runs or checkpoints, such as outgrow evaluate runs/phi_1b-lossless-s0 suite=phi_2"

@@ -52,13 +52,13 @@ class Evaluated:
     local: tuple[str, ...] = ()
 
 
-def settings_from(overrides: Sequence[str]) -> EvaluateSettings:
+def settings_from(overrides: Sequence[str], own: Path | None = None) -> EvaluateSettings:
     """The settings under overrides such as `suite=phi_2`.
 
     Raises:
         UserError: with every fault of them.
     """
-    cfg, faults = compose_config(CONF, "evaluate", list(overrides))
+    cfg, faults = compose_config(CONF, "evaluate", list(overrides), own)
     return settings_of(EvaluateSettings, cfg, faults, _disagreements)
 
 

@@ -67,7 +67,9 @@ def own_folder(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
         name = value or next(words, "")
         folder = Path(name).expanduser().absolute()
         if not name or not folder.is_dir():
-            raise UserError(f"{flag} {name}: no such folder; give the one that holds your experiment/")
+            raise UserError(
+                f"{flag} {name}: no such folder; give the one that holds your leaves (experiment/, data/, …)"
+            )
     return folder, others
 
 

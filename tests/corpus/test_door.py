@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.corpus.__main__ import CONF, PrepareSettings, main, settings_from
+from outgrow.train.corpus.__main__ import COMMANDS, CONF, PrepareSettings, main, settings_from
 from outgrow.train.data.settings import DataSettings, disagreements
 
 LEAVES = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
@@ -155,3 +155,32 @@ def test_prepare_says_what_became_of_the_documents(
     assert "removed, exact duplicate: 15 documents" in out
     manifest = json.loads((tmp_path / "tokens" / "manifest.json").read_text())
     assert sum(split["documents"] for split in manifest["splits"].values()) == 15
+
+
+def test_a_leaf_of_ones_own_is_read_wherever_its_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own/data").mkdir(parents=True)
+    leaf = "defaults: [base/all@_here_]\nname: mine\ncorpus: files\npath: texts\n"
+    (tmp_path / "own/data/mine.yaml").write_text(leaf)
+    homes: list[Path] = []
+
+    def prepared(command: str) -> None:
+        def read(overrides: list[str], own: Path | None) -> None:
+            homes.append(settings_from(PrepareSettings, "prepare", overrides, own).data.home)
+
+        monkeypatch.setitem(COMMANDS, "prepare", read)
+        main(command.split())
+
+    monkeypatch.chdir(tmp_path)
+    prepared("prepare data=mine --config-dir own")
+    prepared("--config-dir=own prepare data=mine")
+    assert homes == [Path("data/mine")] * 2
+    for given, told in (
+        ("data=mine", "error: data=mine: unknown data; known: "),
+        ("data=mine --config-dir none", "error: --config-dir none: no such folder; give the one that holds"),
+        ("data=mnie --config-dir own", "error: data=mnie: unknown data; did you mean 'mine'?"),
+    ):
+        with pytest.raises(SystemExit):
+            prepared(f"prepare {given}")
+        assert capsys.readouterr().err.startswith(told)

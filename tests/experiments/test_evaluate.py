@@ -239,3 +239,23 @@ def test_runs_whose_folders_have_one_name_are_told_apart(tmp_path: Path) -> None
     runs = ["grown/small", str(tmp_path / "runs/small/final"), "runs/large", "."]
     assert titles(runs) == ["grown/small", str(tmp_path / "runs/small/final"), "large", Path.cwd().name]
     assert titles(runs[1:]) == ["small", "large", Path.cwd().name]
+
+
+def test_a_suite_of_ones_own_is_read_from_the_folder_that_holds_it(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own/suite").mkdir(parents=True)
+    task = "{task: piqa, group: own, shots: 0, metric: acc}"
+    Path("own/suite/mine.yaml").write_text(f"name: mine\ntasks: [{task}]\n")
+    Path("own/suite/wrong.yaml").write_text("name: wrong\ntasks: [{task: piqa}]\n")
+    monkeypatch.setattr(Scores, "get", lambda *_: 0.5)
+    assert main([str(place / "small"), "suite=mine", "--config-dir", "own"]) == 0
+    assert "| **small** | 50.0 |" in capsys.readouterr().out
+    for given, told in (
+        ("suite=mine", "error: suite=mine: unknown suite; known: "),
+        ("suite=mine -cd none", "error: -cd none: no such folder; give the one that holds your leaves"),
+        ("suite=wrong --config-dir own", "error: 3 faults:\n  - suite.tasks[0].group: missing"),
+    ):
+        assert main([str(place / "small"), *given.split()]) == 2
+        assert capsys.readouterr().err.startswith(told)

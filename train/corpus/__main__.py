@@ -14,6 +14,7 @@ outgrow corpus write model=Qwen/Qwen2.5-7B-Instruct server=http://127.0.0.1:8000
 outgrow corpus inspect 'folders=[data/stdlib]' out=inspection                samples, shares, lengths, scores:
                                                                              a table and a picture
 
+--config-dir DIR adds leaves of your own: DIR/data/mine.yaml is data=mine, DIR/prompts/mine.yaml prompts=mine.
 A stopped or killed preparation goes on where it was. Exit status: 0 done, 2 a fault in what was asked.
 """
 
@@ -28,6 +29,7 @@ from typing import Any, TypeVar
 from outgrow.model.base.compose import CONF, compose_config
 from outgrow.model.base.errors import UserError, unknown
 from outgrow.model.base.interrupt import started
+from outgrow.model.base.overrides import own_folder
 from outgrow.model.base.settings import settings_of
 from outgrow.train.corpus import report
 from outgrow.train.corpus.settings import ExecutorSettings, executor_faults
@@ -75,13 +77,13 @@ class InspectSettings:
     check: bool
 
 
-def settings_from(cls: type[T], name: str, overrides: Sequence[str]) -> T:
+def settings_from(cls: type[T], name: str, overrides: Sequence[str], own: Path | None = None) -> T:
     """conf/<name>.yaml under `key=value` overrides, as the dataclass `cls`.
 
     Raises:
         UserError: every unknown, missing and mistyped key, and data settings that cannot work, at once.
     """
-    cfg, faults = compose_config(CONF, name, list(overrides))
+    cfg, faults = compose_config(CONF, name, list(overrides), own)
     return settings_of(cls, cfg, faults, _disagreements)
 
 
@@ -108,21 +110,21 @@ def _disagreements(settings: Any) -> Iterator[str]:
 # ---- commands ----------------------------------------------------------------------------------------------
 
 
-def prepare(overrides: Sequence[str]) -> None:
+def prepare(overrides: Sequence[str], own: Path | None) -> None:
     """Prepare one corpus, and say what became of its documents."""
     from outgrow.train.corpus.build import prepare as build
 
-    settings = settings_from(PrepareSettings, "prepare", overrides)
+    settings = settings_from(PrepareSettings, "prepare", overrides, own)
     data = build(settings.data, progress=settings.progress, executor=settings.corpus)
     print(report.prepared(data.folder))
 
 
-def label(overrides: Sequence[str]) -> None:
+def label(overrides: Sequence[str], own: Path | None) -> None:
     """Label a corpus of Python modules by the demonstration rules."""
     from outgrow.train.corpus.filter.fit import write_labels
     from outgrow.train.corpus.filter.rules import RULES
 
-    settings = settings_from(FilterSettings, "filter", overrides)
+    settings = settings_from(FilterSettings, "filter", overrides, own)
     counts = write_labels(settings.data, Path(settings.labels))
     print(
         f"{settings.labels}: {counts[1]} documents labelled 1, {counts[0]} labelled 0. Demonstration "
@@ -131,12 +133,12 @@ def label(overrides: Sequence[str]) -> None:
     print("\n".join(f"  {rule}" for rule in RULES))
 
 
-def fit(overrides: Sequence[str]) -> None:
+def fit(overrides: Sequence[str], own: Path | None) -> None:
     """Fit a filter on labels, and say how it does on those held out."""
     from outgrow.train.corpus.filter.fit import FitSettings
     from outgrow.train.corpus.filter.fit import fit as fit_filter
 
-    settings = settings_from(FilterSettings, "filter", overrides)
+    settings = settings_from(FilterSettings, "filter", overrides, own)
     if settings.encoder is None:
         raise UserError(
             "encoder: missing; give the source checkpoint's folder, or any encoder of the Hugging Face "
@@ -150,13 +152,13 @@ def fit(overrides: Sequence[str]) -> None:
     print(report.fitted(settings.filter, card))
 
 
-def score(overrides: Sequence[str]) -> None:
+def score(overrides: Sequence[str], own: Path | None) -> None:
     """Score the documents of a corpus, kept or not."""
     from outgrow.train.corpus.filter.score import Filter, write_scores
     from outgrow.train.corpus.progress import bar
     from outgrow.train.corpus.read.corpora import documents, open_corpus
 
-    settings = settings_from(FilterSettings, "filter", overrides)
+    settings = settings_from(FilterSettings, "filter", overrides, own)
     corpus = open_corpus(settings.data)
     fitted = Filter(Path(settings.filter).expanduser(), settings.encoder)
     with bar("scoring", getattr(corpus, "size", None), settings.progress) as advance:
@@ -165,15 +167,15 @@ def score(overrides: Sequence[str]) -> None:
     print(report.scored(settings.scores, histogram))
 
 
-def write(overrides: Sequence[str]) -> None:
+def write(overrides: Sequence[str], own: Path | None) -> None:
     """Have a language model write documents, and say what they cost."""
     from outgrow.train.corpus.writing.run import write as run
     from outgrow.train.corpus.writing.settings import settings_from as write_settings
 
-    print(run(write_settings(overrides)))
+    print(run(write_settings(overrides, own)))
 
 
-def inspect(overrides: Sequence[str]) -> None:
+def inspect(overrides: Sequence[str], own: Path | None) -> None:
     """Show what prepared folders hold."""
     from outgrow.model.base.files import write_text
     from outgrow.train.corpus import inspect as module
@@ -181,7 +183,7 @@ def inspect(overrides: Sequence[str]) -> None:
     from outgrow.train.corpus.progress import bar
     from outgrow.train.data.shards import check_data
 
-    settings = settings_from(InspectSettings, "inspect", overrides)
+    settings = settings_from(InspectSettings, "inspect", overrides, own)
     sources = []
     for folder in map(Path, settings.folders):
         if settings.check:
@@ -199,7 +201,7 @@ def inspect(overrides: Sequence[str]) -> None:
     print(text)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+COMMANDS: dict[str, Callable[[Sequence[str], Path | None], None]] = {
     "prepare": prepare,
     "label": label,
     "fit": fit,
@@ -220,9 +222,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{__doc__}\nKeys and defaults:\n\n{keys}")
         return
     try:
-        if words[0] not in COMMANDS:
-            unknown("command", words[0], COMMANDS)
-        COMMANDS[words[0]](words[1:])
+        own, words = own_folder(words)
+        command, *overrides = words or [""]
+        if command not in COMMANDS:
+            unknown("command", command, COMMANDS)
+        COMMANDS[command](overrides, own)
     except UserError as fault:
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)

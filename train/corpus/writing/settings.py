@@ -93,13 +93,13 @@ def topics(settings: PromptSettings) -> tuple[str, ...]:
     return tuple(dict.fromkeys(every))
 
 
-def settings_from(overrides: Sequence[str]) -> WriteSettings:
+def settings_from(overrides: Sequence[str], own: Path | None = None) -> WriteSettings:
     """Typed settings from `key=value` arguments.
 
     Raises:
         UserError: every unknown, missing and mistyped key and every value that cannot work, at once.
     """
-    cfg, faults = compose_config(CONF, "write", list(overrides))
+    cfg, faults = compose_config(CONF, "write", list(overrides), own)
     return settings_of(WriteSettings, cfg, faults, _disagreements)
 
 
