@@ -1,23 +1,25 @@
-"""Adam's saved state, in and out: PyTorch's or Accelerate's file read under tensor names, and grown moments
-put into an optimizer.
+"""An optimizer's saved state, in and out: PyTorch's or Accelerate's file read under tensor names, and grown
+moments put into an optimizer.
 
 Growing itself is `growth.moments`; this file knows how PyTorch numbers parameters and what it calls the
-moments.
+moments. One optimizer may keep Adam's two moments of some parameters and Muon's momentum of others. Muon
+counts no steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outgrow.growth.engine.tensors import Tensors, expand
 from outgrow.growth.memory import config_of
-from outgrow.growth.moments import OPTIMIZER, POWERS, STATE, moments_plan
+from outgrow.growth.moments import OPTIMIZER, POWERS, STATE, Rule, moments_plan
 from outgrow.growth.plan import Plan
 from outgrow.model.base.errors import UserError, first_line
 from outgrow.model.base.files import read_object
@@ -30,14 +32,18 @@ if TYPE_CHECKING:
 
 FILES = ("optimizer.bin", "optimizer.pt")  # as Accelerate calls it; as Transformers and our own trainer do
 
+# what is kept for one parameter
+ADAM, MUON = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+
 
 @dataclass(frozen=True, eq=False)
 class AdamState:
-    """Adam's state by stored tensor name.
+    """An optimizer's state by stored tensor name.
 
     Attributes:
-        moments: `exp_avg.NAME` and `exp_avg_sq.NAME` → the moment, in the shape of the tensor.
-        step: how many steps it has averaged.
+        moments: `exp_avg.NAME` and `exp_avg_sq.NAME`, or `momentum_buffer.NAME` → the moment, in the shape of
+            the tensor.
+        step: how many steps Adam's have averaged.
     """
 
     moments: Tensors
@@ -45,11 +51,11 @@ class AdamState:
 
 
 def adam_state(state: Mapping[str, Any], plan: Plan) -> AdamState:
-    """A state dict as `torch.optim.Adam` and `AdamW` make it for the source's model, under the names of its
-    file's tensors.
+    """A state dict as `torch.optim.Adam`, `AdamW` and `Muon` make it for the source's model, under the names
+    of its file's tensors.
 
     Raises:
-        UserError: it is no Adam state, or its tensors are not the model's.
+        UserError: it is neither Adam's nor Muon's, or its tensors are not the model's.
     """
     from outgrow.model.build import meta_model
     from outgrow.model.conversion import in_file
@@ -64,25 +70,35 @@ def adam_state(state: Mapping[str, Any], plan: Plan) -> AdamState:
             "gives them"
         )
     _check_groups(groups)
-    named: dict[str, _Moments] = {moment: {} for moment in POWERS}
-    steps = []
+    named: dict[str, _Moments] = defaultdict(dict)
+    steps = [0]
     for number, name in _numbering(groups, shapes).items():
         entry = per_parameter.get(number)
         if entry is None:  # a parameter that never had a gradient
             continue
-        _check_entry(entry, number, name, shapes[name])
+        kept = _kept(entry)
+        _check_entry(entry, kept, number, name, shapes[name])
         steps.append(_steps(entry, number))
-        for moment, tensors in named.items():
-            tensors[name] = entry[moment]
-    if not any(named.values()):
+        for moment in kept:
+            named[moment][name] = entry[moment]
+    if not named:
         raise UserError("optimizer state: empty; was it saved before the first step?")
-    moments: dict[str, torch.Tensor] = {}
+    _complete(named, shapes)
+    stored: dict[str, _Moments] = {}
     for moment, tensors in named.items():
-        every_parameter = _complete(tensors, shapes)
-        stored = in_file(plan.source_config, every_parameter)
-        moments |= {f"{moment}.{name}": tensor for name, tensor in stored.items()}
-    complete = _complete(moments, _wanted(plan))
-    return AdamState(Tensors(complete), max(steps))
+        stored[moment] = in_file(plan.source_config, tensors)
+    tensors_of_file = plan.growth.source_family.tensors(plan.source_config)
+    _complete(stored, {tensor.name: tensor.shape for tensor in tensors_of_file})
+    moments: dict[str, torch.Tensor] = {}
+    for moment, tensors in stored.items():
+        moments |= {f"{moment}.{name}": tensor for name, tensor in tensors.items()}
+    return AdamState(Tensors(moments), max(steps))
+
+
+def _kept(entry: Any) -> tuple[str, ...]:
+    """The moments that a parameter's state has, by its keys."""
+    is_muons = isinstance(entry, Mapping) and MUON[0] in entry
+    return MUON if is_muons else ADAM
 
 
 def _check_groups(groups: Sequence[Any]) -> None:
@@ -96,17 +112,17 @@ def _check_groups(groups: Sequence[Any]) -> None:
             )
 
 
-def _check_entry(entry: Any, number: int, name: str, shape: tuple[int, ...]) -> None:
-    """Refuse the state of a parameter that is not Adam's, or not of the parameter's shape."""
+def _check_entry(entry: Any, kept: Sequence[str], number: int, name: str, shape: tuple[int, ...]) -> None:
+    """Refuse the state of a parameter that lacks one of its moments, or is not of the parameter's shape."""
     import torch
 
-    for moment in POWERS:
+    for moment in kept:
         tensor = entry.get(moment) if isinstance(entry, Mapping) else None
         if not isinstance(tensor, torch.Tensor):
             found = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
             raise UserError(
                 f"optimizer state: parameter {number} ({name}) has no {moment!r}, found "
-                f"{found}; only Adam's state grows"
+                f"{found}; only Adam's and Muon's state grows"
             )
         own = tuple(tensor.shape)
         if own != shape:
@@ -151,27 +167,17 @@ def _steps(entry: Mapping[str, Any], number: int) -> int:
     return count
 
 
-def _wanted(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every moment of the source's file."""
-    family = plan.growth.source_family
-    wanted = {}
-    for moment in POWERS:
-        for tensor in family.tensors(plan.source_config):
-            wanted[f"{moment}.{tensor.name}"] = tensor.shape
-    return wanted
-
-
-def _complete(
-    moments: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, torch.Tensor]:
-    """Fill in zeros for what never had a gradient: where its moments would have begun."""
+def _complete(moments: Mapping[str, _Moments], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Fill in zeros for what never had a gradient: where its moments would have begun, whichever it will
+    have."""
     import torch
 
-    dtype = next(iter(moments.values())).dtype
-    return {
-        name: moments[name] if name in moments else torch.zeros(shape, dtype=dtype)
-        for name, shape in shapes.items()
-    }
+    every = [tensor for tensors in moments.values() for tensor in tensors.values()]
+    dtype = every[0].dtype
+    begun = set(chain.from_iterable(moments.values()))
+    for name in shapes.keys() - begun:
+        for tensors in moments.values():
+            tensors[name] = torch.zeros(shapes[name], dtype=dtype)
 
 
 def _numbering(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> dict[int, str]:
@@ -223,11 +229,20 @@ def read_adam(path: Path | str, plan: Plan) -> AdamState:
     """The state of the source's optimizer from a file, or from a folder that holds one (`optimizer.bin`,
     `optimizer.pt`).
 
+    Raises:
+        UserError: there is no such file, or it is no state of Adam's or Muon's for the source's model.
+    """
+    return adam_state(read_state(path), plan)
+
+
+def read_state(path: Path | str) -> Mapping[str, Any]:
+    """An optimizer's state dict from such a file or folder.
+
     It is opened without executing anything that it may contain (`torch.load` with `weights_only`), mapped
     into memory rather than read.
 
     Raises:
-        UserError: there is no such file, or it is no Adam state of the source's model.
+        UserError: there is no such file, or it holds something else.
     """
     import torch
 
@@ -251,7 +266,20 @@ def read_adam(path: Path | str, plan: Plan) -> AdamState:
             f"optimizer {file}: expected a dict as optimizer.state_dict() gives it, found "
             f"{type(state).__name__}"
         )
-    return adam_state(state, plan)
+    return state
+
+
+def named_state(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> dict[str, Any]:
+    """The optimizer's state dict, with the parameters' names beside their numbers, as PyTorch saves them of
+    named parameters.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    state = optimizer.state_dict()
+    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    for saved, group in groups:
+        identities = map(id, group["params"])
+        saved["param_names"] = [names[identity] for identity in identities]
+    return state
 
 
 def grow_adam(
@@ -260,18 +288,18 @@ def grow_adam(
     target: torch.optim.Optimizer,
     target_model: Any,
     plan: Plan,
+    rule: Rule = "own",
 ) -> None:
     """Fill the optimizer of a grown model, in memory, from the source's.
 
     Args:
         plan: the growth of `source_model` into `target_model`, as `grow_model` followed it.
+        rule: how it grows (`growth.moments`).
     """
-    state = adam_state(source.state_dict(), plan)
-    growth = moments_plan(plan, state.moments.dtypes)
+    state = adam_state(named_state(source, source_model), plan)
+    growth = moments_plan(plan, state.moments.dtypes, rule)
     grown = dict(expand(growth, state.moments))
-    names = [step.name for step in plan.steps]
-    moment = grown.__getitem__
-    fill(target, target_model, names, moment, state.step)
+    fill(target, target_model, grown, grown.__getitem__, state.step)
 
 
 def load_adam(folder: Path | str, target: torch.optim.Optimizer, target_model: PreTrainedModel) -> None:
@@ -288,7 +316,7 @@ def load_adam(folder: Path | str, target: torch.optim.Optimizer, target_model: P
     folder = Path(folder) / OPTIMIZER
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: no such folder; grow with optimizer=FILE to have Adam's moments grown too"
+            f"{folder}: no such folder; grow with optimizer=FILE to have the optimizer's moments grown too"
         )
     files = {name: stored.file for name, stored in tensor_table(folder).items()}
     way_out = "grow anew, or go on without it"
@@ -298,55 +326,89 @@ def load_adam(folder: Path | str, target: torch.optim.Optimizer, target_model: P
         raise UserError(f"{folder / STATE}: its step is {step!r}, expected how many were taken; {way_out}")
 
     def moment(name: str) -> torch.Tensor:
-        if name not in files:
-            raise UserError(f"{folder}: no {name}; is it the state of another model?")
         with safe_open(files[name], "pt") as file:
             return file.get_tensor(name)
 
-    first_moments = [name for name in files if name.startswith("exp_avg.")]
-    names = [name.removeprefix("exp_avg.") for name in first_moments]
-    fill(target, target_model, names, moment, step)
+    fill(target, target_model, files, moment, step)
 
 
 def fill(
     optimizer: torch.optim.Optimizer,
     model: PreTrainedModel,
-    names: Sequence[str],
+    held: Collection[str],
     moment: Callable[[str], torch.Tensor],
     step: int,
 ) -> None:
-    """Set Adam's state of every parameter of `model` that `optimizer` has; its learning rates and groups
-    stay.
+    """Set the state of every parameter of `model` that `optimizer` has; its learning rates and groups stay.
 
     Args:
-        names: of the tensors in the model's file.
-        moment: gives the moment `exp_avg.NAME` or `exp_avg_sq.NAME` of such a tensor.
+        held: the moments that there are: `exp_avg.NAME`, `exp_avg_sq.NAME` or `momentum_buffer.NAME` of the
+            tensors in the model's file.
+        moment: gives one of them.
 
     Raises:
-        UserError: a moment is of another shape than its parameter, or no step can be taken with it.
+        UserError: a moment is missing, of another shape than its parameter, or no step can be taken with it.
     """
     import torch
 
     from outgrow.model.conversion import in_model
 
-    numbers = _numbers(optimizer)
+    places = _places(optimizer)
+    kept = chain.from_iterable(keys for _, keys in places.values())
+    check_kinds(held, kept)
+    names = dict.fromkeys(name.partition(".")[2] for name in held)
     state = optimizer.state_dict()
     config = config_of(model)
 
     def in_parameters(key: str) -> Mapping[str, torch.Tensor]:
-        """Collect one kind of moments under the names of the model's parameters."""
-        return in_model(config, names, lambda name: moment(f"{key}.{name}"))
+        """Collect one kind of moments under the names of the model's parameters, NaN of those that have
+        others."""
 
-    moments = {key: in_parameters(key) for key in POWERS}
+        def tensor(name: str) -> torch.Tensor:
+            if f"{key}.{name}" in held:
+                return moment(f"{key}.{name}")
+            others = [f"{other}.{name}" for other in POWERS]
+            of_name = [other for other in others if other in held]
+            if not of_name:
+                raise UserError(f"optimizer state: nothing of {name}; is it the state of another model?")
+            return torch.full_like(moment(of_name[0]), nan)
+
+        return in_model(config, names, tensor)
+
+    moments = {key: in_parameters(key) for key in _kinds(held)}
     for name, parameter in model.named_parameters():
-        if id(parameter) in numbers:
-            number = numbers[id(parameter)]
-            entry = {key: moments[key][name] for key in POWERS}
+        if id(parameter) in places:
+            number, keys = places[id(parameter)]
+            entry = {key: moments[key][name] for key in keys}
             for key, tensor in entry.items():
                 _check_filled(key, name, tensor, parameter)
-            count = torch.tensor(float(step))
-            state["state"][number] = {"step": count, **entry}
+            count = {"step": torch.tensor(float(step))} if keys == ADAM else {}
+            state["state"][number] = {**count, **entry}
     optimizer.load_state_dict(state)
+
+
+def check_kinds(held: Iterable[str], kept: Iterable[str]) -> None:
+    """Refuse a state that another optimizer made.
+
+    Args:
+        held: the moments that there are, with or without a tensor's name behind.
+        kept: those that the optimizer goes on from.
+
+    Raises:
+        UserError: they are of other kinds.
+    """
+    there, wanted = _kinds(held), _kinds(kept)
+    if there != wanted:
+        raise UserError(
+            f"optimizer state: has {', '.join(there)}, and the optimizer that goes on keeps "
+            f"{', '.join(wanted)}; go on with the one that made it, or without it"
+        )
+
+
+def _kinds(moments: Iterable[str]) -> list[str]:
+    """The kinds among some moments' names."""
+    prefixes = {name.partition(".")[0] for name in moments}
+    return [key for key in POWERS if key in prefixes]
 
 
 def _check_filled(moment: str, name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> None:
@@ -361,8 +423,11 @@ def _check_filled(moment: str, name: str, tensor: torch.Tensor, parameter: torch
         )
 
 
-def _numbers(optimizer: torch.optim.Optimizer) -> dict[int, int]:
-    """Each parameter's number in the state dict, by identity."""
-    groups = optimizer.param_groups
-    parameters = chain.from_iterable(group["params"] for group in groups)
-    return {id(parameter): number for number, parameter in enumerate(parameters)}
+def _places(optimizer: torch.optim.Optimizer) -> dict[int, tuple[int, tuple[str, ...]]]:
+    """Each parameter's number in the state dict, and the moments that its group keeps, by identity."""
+    places: dict[int, tuple[int, tuple[str, ...]]] = {}
+    for group in optimizer.param_groups:
+        keys = MUON if "momentum" in group else ADAM
+        for parameter in group["params"]:
+            places[id(parameter)] = (len(places), keys)
+    return places

@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from outgrow.growth.moments import Rule
 from outgrow.model.base.errors import UserError
 from outgrow.model.keys import is_number
 
@@ -57,6 +58,7 @@ EXPECTED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "max_shard_bytes": (lambda value: _is_whole(value) and value > 0, "a positive whole number"),
     "revision": (lambda value: isinstance(value, str | None), "a commit or branch, or None"),
     "optimizer": (lambda value: isinstance(value, str | Path | None), "a file's or folder's path, or None"),
+    "moments": (lambda value: value in get_args(Rule), f"one of {', '.join(get_args(Rule))}"),
     "nonfinite": (lambda value: value in ("refuse", "allow"), "'refuse' or 'allow'"),
     "worker": (lambda value: isinstance(value, str | None), "'i/n' or None"),
     "progress": (lambda value: value is None or callable(value), "a function or None"),

@@ -21,7 +21,7 @@ from outgrow.growth.engine.workers import Worker, agreement, publish_shared, sha
 from outgrow.growth.folder import Place, complete_or_absent
 from outgrow.growth.learned.kept import remove_pieces
 from outgrow.growth.learned.lessons import KEPT, LEARNED
-from outgrow.growth.moments import OPTIMIZER, RULES, STATE, inexact, moments_plan
+from outgrow.growth.moments import OPTIMIZER, STATE, Rule, inexact, moments_plan, told
 from outgrow.growth.operators import options_of
 from outgrow.growth.plan import Plan
 from outgrow.growth.planning import plan
@@ -105,6 +105,7 @@ def grow(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     revision: str | None = None,
     optimizer: str | Path | None = None,
+    moments: Rule = "own",
     nonfinite: Literal["refuse", "allow"] = "refuse",
     worker: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -128,9 +129,10 @@ def grow(
         receipt_text: the receipt's text, beside an operator's own.
         threads: that compute, over tensors; the bits do not depend on it.
         max_shard_bytes: size of a shard.
-        optimizer: Adam's saved state of the source, a file or a folder with `optimizer.bin` or
+        optimizer: Adam's or Muon's saved state of the source, a file or a folder with `optimizer.bin` or
             `optimizer.pt`; grown with the weights into `out/optimizer`, from where `growth.load_adam` puts it
             into an optimizer.
+        moments: how that grows (`growth.moments`).
         nonfinite: what to do with NaN and infinite weights; allow copies them like any other.
         worker: `i/n`: write the i-th of n shares of the shards, while other processes write theirs
             (`growth.workers`).
@@ -145,7 +147,8 @@ def grow(
         receipt_text=receipt_text,
         out=out, overwrite=overwrite, receipt=receipt, text=text, threads=threads,
         max_shard_bytes=max_shard_bytes, revision=revision,
-        optimizer=optimizer, nonfinite=nonfinite, worker=worker, progress=progress, learning=learning,
+        optimizer=optimizer, moments=moments, nonfinite=nonfinite, worker=worker,
+        progress=progress, learning=learning,
     )  # fmt: skip
     learns_on_text = operator in LEARNED and "text" in options_of(operator)
     if learns_on_text:
@@ -183,6 +186,7 @@ def grow(
             beside=beside,
             provenance=provenance,
             adam=adam,
+            rule=moments,
             lesson=lesson,
             passage=passage,
             is_measured=_is_measured(receipt, text, decided, checkpoint),
@@ -218,6 +222,7 @@ class _Work:
     beside: Beside
     provenance: Provenance
     adam: AdamState | None
+    rule: Rule
     lesson: Calibration | None
     passage: Passage | None
     is_measured: bool
@@ -288,12 +293,12 @@ class _Work:
         """Grow the moments into a folder, as safetensors beside a state.json that says how."""
         shutil.rmtree(folder, ignore_errors=True)  # a killed worker's
         folder.mkdir()
-        moments = moments_plan(self.plan, adam.moments.dtypes)
+        moments = moments_plan(self.plan, adam.moments.dtypes, self.rule)
         shards = shards_of(moments, self.max_shard_bytes)
         self._write(moments, adam.moments, folder, shards)
         write_index(folder, shards)
-        rule = RULES[self.plan.recipe.moments]
-        reasons = list(inexact(self.plan))
+        rule = told(self.plan, self.rule)
+        reasons = list(inexact(self.plan, self.rule))
         state = {"step": adam.step, "rule": rule, "inexact": reasons}
         text = json.dumps(state, indent=1)
         (folder / STATE).write_text(f"{text}\n")

@@ -1,4 +1,5 @@
-"""Adam's moments, grown with the weights (LEMON, 2310.07999, appendix; Net2Net's map transposed).
+"""An optimizer's averages of gradients, grown with the weights (LEMON, 2310.07999, appendix; Net2Net's map
+transposed): Adam's two moments, and Muon's momentum.
 
 Growth that keeps the function is a linear map of the weights, so the chain rule ties the new gradients to the
 old. An index that is copied k times with gain a sees each copy's gradient as 1/(k·a) of the source's: k
@@ -7,17 +8,21 @@ whole tensor:
 
     m' = α·m,  v' = α²·v,  α = Π over the axes of 1/(k·a)
 
+m is any average of gradients: Adam's first moment, and Muon's momentum, which Muon makes orthogonal only as
+it steps. v is Adam's second.
+
 It is exact for what is inherited where the plan is lossless, copies are evenly read (no noise) and nothing
 new reaches an inherited gradient; `inexact` names what stands against it. Under noise the k copies still
 share what flows back, in uneven parts: each gets the mean of the copies' first moments, exactly, and the
-square of such means for the second, which is at most the mean of the copies' own. New entries, and layers
-that start as the identity, begin at zero.
+square of such means for the second, which is at most the mean of the copies' own. New entries begin at
+zero, and so do layers that start as the identity or as a mean, unless the rule is `copied`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -28,31 +33,61 @@ from outgrow.growth.plan import Plan
 
 # the folder beside the grown weights, and what says how they grew
 OPTIMIZER, STATE = "optimizer", "state.json"
-POWERS = {"exp_avg": 1, "exp_avg_sq": 2}  # Adam's names → the power of the gradient that they average
+# PyTorch's names of what is kept for a parameter → the power of the gradient that it averages
+POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "momentum_buffer": 1}
+
+# how moments grow: `own` is what the operator says, one of the others
+Rule = Literal["own", "transpose", "copied", "kept", "reset"]
+RULES: dict[str, str] = {
+    "transpose": "grown by the transposed maps",
+    "copied": "grown by the transposed maps; a new layer takes those of the layer that it copies",
+    "kept": "kept where an entry is the source's own, reset on copies and on what is new",
+    "reset": "reset",
+}
 
 
-def moments_plan(plan: Plan, dtypes: dict[str, str]) -> Plan:
-    """Make the plan by which the moments grow: steps `exp_avg.NAME` and `exp_avg_sq.NAME` for every tensor of
-    `plan`.
+def moments_plan(plan: Plan, dtypes: dict[str, str], rule: Rule = "own") -> Plan:
+    """Make the plan by which the moments grow: a step `MOMENT.NAME` for every tensor of `plan` and each of
+    the moments that its source tensor has; of one that the source has not, for each that any tensor has.
 
     Args:
         dtypes: safetensors dtype of each source moment, under the same prefixed names.
     """
+    prefixes = {name.partition(".")[0] for name in dtypes}
+    asked = _rule(plan, rule)
     steps: list[Step] = []
-    for moment, power in POWERS.items():
-        steps += [_step(plan, step, moment, power) for step in plan.steps]
+    for moment in POWERS:
+        for step in plan.steps:
+            name = step.source or plan.source_name(step.tensor)
+            own = [prefix for prefix in prefixes if f"{prefix}.{name}" in dtypes]
+            if moment in (own or prefixes):
+                grown = _step(plan, step, moment, asked)
+                steps.append(grown)
     growth = replace(plan.growth, dtype=None)
     every_step = tuple(steps)
     return replace(plan, growth=growth, steps=every_step, noise=0.0, dtypes=dtypes)
 
 
-def inexact(plan: Plan) -> Iterator[str]:
+def told(plan: Plan, rule: Rule = "own") -> str:
+    """Say how the moments grow."""
+    return RULES[_rule(plan, rule)]
+
+
+def _rule(plan: Plan, asked: Rule) -> Rule:
+    return plan.recipe.moments if asked == "own" else asked
+
+
+def inexact(plan: Plan, rule: Rule = "own") -> Iterator[str]:
     """Yield why the grown moments are not those that the grown model's own gradients would have given."""
     growth = plan.growth
-    if plan.recipe.moments != "transpose":
-        rule = RULES[plan.recipe.moments]
-        yield f"operator {plan.operator!r}: {rule}"
+    asked = _rule(plan, rule)
+    if asked in ("kept", "reset"):
+        whose = f"operator {plan.operator!r}" if rule == "own" else "as asked"
+        yield f"{whose}: {RULES[asked]}"
         return
+    has_new_layers = any(plan.layers.identity) or bool(plan.layers.between)
+    if asked == "copied" and has_new_layers:
+        yield "new layers take the moments of the layers that they copy, which were averaged elsewhere"
     if not plan.certificate.lossless:
         yield "the growth is not lossless"
     if plan.is_noisy:
@@ -76,18 +111,11 @@ def inexact(plan: Plan) -> Iterator[str]:
         yield "vocab: new tokens take part in the softmax"
 
 
-RULES = {
-    "transpose": "grown by the transposed maps",
-    "original": "kept where an entry is the source's own, reset on copies and on what is new",
-    "reset": "reset",
-}
-
-
-def _step(plan: Plan, step: Step, moment: str, power: int) -> Step:
+def _step(plan: Plan, step: Step, moment: str, rule: Rule) -> Step:
+    power = POWERS[moment]
     line = replace(step.tensor.line, offset=0.0)
     pattern = f"{moment}.{step.tensor.pattern}"
     tensor = replace(step.tensor, pattern=pattern, line=line)
-    rule = plan.recipe.moments
     origins = axis_origins(plan, step)
     share = 1.0
     if plan.change is not None:
@@ -95,7 +123,12 @@ def _step(plan: Plan, step: Step, moment: str, power: int) -> Step:
     is_new = [origin == Origin.NEW for origin in origins]
     all_new = any(marked.all() for marked in is_new)
     is_reset = rule == "reset" or share == 0
-    if is_reset or step.source is None or all_new:
+    source = step.source
+    if rule == "copied":
+        begins_idle = step.zero and plan.change is None  # its weights alone are no copy of the layer's
+        source = plan.source_name(step.tensor) if begins_idle else source
+        all_new = False
+    if is_reset or source is None or all_new:
         return replace(
             step,
             tensor=tensor,
@@ -106,7 +139,7 @@ def _step(plan: Plan, step: Step, moment: str, power: int) -> Step:
             diagonal=False,
             finish=None,
         )
-    if rule == "original":
+    if rule == "kept":
         axes = zip(step.maps, origins, strict=True)
         maps = tuple(_kept(axis, origin == Origin.ORIGINAL) for axis, origin in axes)
     else:
@@ -118,10 +151,11 @@ def _step(plan: Plan, step: Step, moment: str, power: int) -> Step:
     return replace(
         step,
         tensor=tensor,
-        source=f"{moment}.{step.source}",
+        source=f"{moment}.{source}",
         maps=maps,
+        zero=False,
         next_source=None,
-        beside=None,
+        beside=None if step.beside is None else f"{moment}.{step.beside}",
         diagonal=False,
         finish=None,
     )

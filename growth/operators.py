@@ -478,7 +478,7 @@ def sparkling(growth: Growth) -> Recipe:
         return sqrt(1 / (1 + coherent))
 
     expansions = each_space(growth, grow)
-    return Recipe(expansions, factor=factor, moments="original")
+    return Recipe(expansions, factor=factor, moments="kept")
 
 
 OPERATORS: dict[str, Operator] = {

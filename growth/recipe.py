@@ -143,8 +143,8 @@ class Recipe:
             output; 1 leaves it.
         inherits: False when nothing is taken from the source.
         noisy_head: whether noise falls on the output head too.
-        moments: how Adam's moments grow with the weights (`growth.moments`): by the transposed maps, kept on
-            original entries, or reset.
+        moments: how an optimizer's averages grow with the weights (`growth.moments`): by the transposed maps,
+            kept on original entries, or reset.
     """
 
     expansions: Mapping[str, Expansion]
@@ -155,7 +155,7 @@ class Recipe:
     hidden_ratio: float = 1.0
     inherits: bool = True
     noisy_head: bool = True
-    moments: Literal["transpose", "original", "reset"] = "reset"
+    moments: Literal["transpose", "kept", "reset"] = "reset"
 
     def spaces_only(self) -> Recipe:
         """The same recipe with every axis grown space by space."""

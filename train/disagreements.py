@@ -23,6 +23,7 @@ from outgrow.train.settings import (
 from outgrow.train.suite.suite import load_suite
 
 SEEDS = 2**63
+GROWING = ("adamw", "muon")  # the optimizers whose state is kept for growth, and grows
 
 
 def disagreements(settings: Settings) -> list[str]:
@@ -380,16 +381,18 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
         )
     if growth.operator == "scratch" and takes_moments:
         faults.append("transfer.optimizer: growth=scratch has no weights that the source's moments belong to")
-    grows_moments = any(stage.moments for stage in growth.stages)
-    needs_adam = {
+    grows_moments = any(stage.rule != "reset" for stage in growth.stages)
+    optimizer = settings.optimizer.name
+    if transfer.mup and optimizer != "adamw":
+        faults.append(f"transfer.mup: for optimizer=adamw; found {optimizer}")
+    needs_state = {
         "transfer.optimizer": takes_moments,
-        "transfer.mup": transfer.mup,
         "train.keep_optimizer": settings.train.keep_optimizer,
         "growth.stages.moments": grows_moments,
     }
-    if settings.optimizer.name != "adamw":
-        needing = [key for key, wanted in needs_adam.items() if wanted]
-        faults += [f"{key}: for optimizer=adamw; found {settings.optimizer.name}" for key in needing]
+    if optimizer not in GROWING:
+        needing = [key for key, wanted in needs_state.items() if wanted]
+        faults += [f"{key}: for optimizer={' or '.join(GROWING)}; found {optimizer}" for key in needing]
     unsharded = {
         "transfer.inherited_rate": own_rate,
         "schedule.rewarm=new": settings.schedule.rewarm == "new",

@@ -95,7 +95,7 @@ def grow_into(context: RunContext, objects: TrainingObjects, following: Stage) -
     with context.clock.paused():
         weights = whole_weights(objects.objective, accelerator)
         if accelerator.is_main_process:
-            adam = objects.adam() if following.moments else None
+            adam = None if following.rule == "reset" else objects.adam()
             start = following.start(folder)
             grow_on(objects.network, weights, adam, following, settings, start)
         if objects.average is not None:

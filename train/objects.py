@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from torch import Tensor
 
+from outgrow.growth.adam import named_state
 from outgrow.model.build import load_model
 from outgrow.model.geometry import parameter_count
 from outgrow.train.average import Average
@@ -28,7 +29,7 @@ from outgrow.train.settings import Settings
 from outgrow.train.start.source import start_folder, starting_model
 from outgrow.train.start.stages import Stage
 from outgrow.train.start.teacher import Teacher, taught
-from outgrow.train.start.transfer import entry_rates, mup_rates, named_state, take_over
+from outgrow.train.start.transfer import entry_rates, mup_rates, take_over
 from outgrow.train.start.way import Way
 from outgrow.train.step import Step
 

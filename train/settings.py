@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from outgrow.growth.moments import Rule
 from outgrow.train.data.settings import DataSettings, MixtureSettings
 from outgrow.train.schedule import ScheduleSettings
 from outgrow.train.start.neutral import flatten, is_neutral
@@ -30,8 +31,16 @@ class StageSettings:
     # other sizes than the target's, under their Hugging Face names
     sizes: dict[str, Any] = field(default_factory=dict)
     operator: str = "lossless"  # by which it grows from what the stage before left
-    moments: bool = False  # Adam's state grows too; else it begins anew
+    # how the optimizer's state goes on (see `rule`); false: reset, true: as the operator's own rule says
+    moments: Literal["reset", "copied", "kept", False, True] = "reset"
     options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
+
+    @property
+    def rule(self) -> Rule:
+        """How the optimizer's state grows: by growth's rule of that name (`growth.moments`)."""
+        if isinstance(self.moments, bool):
+            return "own" if self.moments else "reset"
+        return self.moments
 
 
 @dataclass(frozen=True)
@@ -275,6 +284,9 @@ def learns_from_source(transfer: TransferSettings) -> bool:
 # Settings, of whatever part, that came when there were runs already → the value that says nothing.
 LATER: Mapping[str, Any] = {"data_dir": None, "share": None, "ema": None, "fresh": "init"}
 
+# Likewise, values that have a name since → what runs had recorded before.
+EARLIER: Mapping[tuple[str, Any], Any] = {("moments", "reset"): False}
+
 
 def identity(settings: Settings | Mapping[str, Any]) -> dict[str, Any]:
     """All settings that change the result, flat: dotted key → JSON value."""
@@ -294,8 +306,10 @@ def _without_later(value: Any) -> Any:
     told = {}
     for key, item in value.items():
         says_nothing = key in LATER and item == LATER[key]
-        if not says_nothing:
-            told[key] = _without_later(item)
+        if says_nothing:
+            continue
+        is_renamed = isinstance(item, str) and (key, item) in EARLIER
+        told[key] = EARLIER[key, item] if is_renamed else _without_later(item)
     return told
 
 

@@ -18,7 +18,7 @@ from helpers.families import FAMILIES, MULTI_HEAD, config_of, growths, renamed
 from helpers.models import random_model
 from helpers.unwritten import config_of as stranger
 from outgrow.growth import grow, grow_adam, load_adam, plan
-from outgrow.growth.adam import fill
+from outgrow.growth.adam import ADAM, fill
 from outgrow.growth.decision import Step
 from outgrow.growth.memory import config_of as config_of_model
 from outgrow.growth.memory import follow, plan_of
@@ -333,7 +333,10 @@ def test_saved_states_grow_on_disk_as_in_memory(tmp_path: Path, name: str, form:
             "exp_avg of parameter 0 has shape (2,)",
         ),
         (lambda state: state["param_groups"][0]["params"].pop(), "is it the state of another model?"),
-        (lambda state: state["state"].update({0: 3}), "has no 'exp_avg', found int; only Adam's state grows"),
+        (
+            lambda state: state["state"].update({0: 3}),
+            "has no 'exp_avg', found int; only Adam's and Muon's state",
+        ),
         (
             lambda state: state["state"][1]["exp_avg"].fill_(math.nan),
             "exp_avg of parameter 1 (model.layers.0.self_attn.q_proj.weight) has an entry that is not finite",
@@ -397,7 +400,7 @@ def test_moments_beside_grown_weights_that_are_damaged_are_refused(
         return spoil(tensor) if name == "exp_avg.lm_head.weight" else tensor
 
     with pytest.raises(UserError, match=rf"optimizer state: exp_avg of lm_head\.weight {message}; no optim"):
-        fill(adam(model), model, names, moment, 3)
+        fill(adam(model), model, [f"{kind}.{name}" for kind in ADAM for name in names], moment, 3)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"step": "three"}', '{"step": -1}'])

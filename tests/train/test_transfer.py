@@ -32,7 +32,13 @@ from outgrow.train.loss import NextTokenLoss
 from outgrow.train.optimizer import build_optimizer, set_learning_rate
 from outgrow.train.run.record import Span, flops_after
 from outgrow.train.schedule import new_entries
-from outgrow.train.settings import OptimizerSettings, Settings, TeacherSettings
+from outgrow.train.settings import (
+    OptimizerSettings,
+    Settings,
+    TeacherSettings,
+    identity,
+    settings_hash,
+)
 from outgrow.train.start.stages import stages_of
 from outgrow.train.start.teacher import TaughtLoss, scheduled
 from outgrow.train.start.transfer import EntryRates, width_factors
@@ -556,6 +562,93 @@ def test_adams_state_grows_from_stage_to_stage_where_that_is_asked(
     assert begun == [0.0, 0.0, 2.0]
 
 
+@pytest.fixture(scope="module", params=["reset", "copied", "kept"])
+def stacked(
+    request: pytest.FixtureRequest, overrides: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Settings:
+    """Six steps of Muon: three of two layers, three of four."""
+    own = [text.replace("num_hidden_layers:1", "num_hidden_layers:4") for text in overrides]
+    second = f"{{until:1.0,depth:stack,noise:0.0,moments:{request.param}}}"
+    stages = f"growth.stages=[{{until:0.5,layers:0.5}},{second}]"
+    out = tmp_path_factory.mktemp("runs") / "stacked"
+    return compose([*own, "growth=g_stack", stages, "optimizer=muon", f"out={out}"])
+
+
+@pytest.mark.slow
+def test_muons_state_grows_from_stage_to_stage_as_asked_and_resumes_exactly(
+    stacked: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = stacked.growth.stages[1].rule
+    states: list[dict[str, dict[str, torch.Tensor]]] = []
+
+    def told(objects: Any) -> dict[str, dict[str, torch.Tensor]]:
+        state = objects.optimizer.optimizer.state
+        parameters = objects.network.named_parameters()
+        return {name: copy.deepcopy(state[p]) for name, p in parameters if p in state}
+
+    with monkeypatch.context() as patch:
+        grow_into, fill_state = loop.grow_into, loop.fill_state
+
+        def before(context: Any, objects: Any, following: Any) -> None:
+            states.append(told(objects))
+            grow_into(context, objects, following)
+
+        def after(context: Any, objects: Any, *rest: Any) -> None:
+            fill_state(context, objects, *rest)
+            states.append(told(objects))
+
+        patch.setattr(loop, "grow_into", before)
+        patch.setattr(loop, "fill_state", after)
+        undisturbed = loop.train(stacked)
+    first, trained, grown = states
+    assert first == {}
+    assert (grown == {}) == (rule == "reset")
+    for name, entry in grown.items():
+        number = int(name.split(".")[2]) if ".layers." in name else None
+        origin = name if number is None else name.replace(f".{number}.", f".{number % 2}.", 1)
+        is_own = number is None or number < 2
+        assert entry.keys() == trained[origin].keys()
+        for key, moment in entry.items():
+            expected = trained[origin][key]
+            assert torch.equal(
+                moment, expected if key == "step" or is_own or rule == "copied" else 0 * expected
+            )
+    kinds = {key for entry in grown.values() for key in entry}
+    assert kinds in (set(), {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"})
+
+    settings = dataclasses.replace(stacked, out=str(tmp_path / "run"))
+    calls = iter(range(100))
+    real = Step.__call__
+
+    def step(self: Any, i: int) -> tuple[float, float]:
+        if next(calls) in (
+            2,
+            3,
+            5,
+        ):  # before the last of the first stage, the first of the second, in its midst
+            raise KeyboardInterrupt
+        return real(self, i)
+
+    monkeypatch.setattr(Step, "__call__", step)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(settings)
+    assert_same_run(loop.train(settings), undisturbed)
+
+
+def test_runs_recorded_before_moments_were_a_choice_go_on(staged: Settings) -> None:
+    """What their records hold is true and false; the default is what false was."""
+    recorded = dataclasses.asdict(staged)
+    now = settings_hash(staged)
+    assert [stage["moments"] for stage in recorded["growth"]["stages"]] == ["reset", "reset", True]
+    for stage in recorded["growth"]["stages"][:2]:
+        stage["moments"] = False
+    assert settings_hash(recorded) == now
+    assert identity(staged) == identity(recorded)
+    recorded["growth"]["stages"][2]["moments"] = "copied"
+    assert settings_hash(recorded) != now
+
+
 def test_stages_divide_the_budget_and_spans_add_up(staged: Settings, phi_config: dict[str, Any]) -> None:
     found = stages_of(staged, phi_config | {"num_hidden_layers": 4})
     assert [(stage.first, stage.last, stage.config["num_hidden_layers"], stage.growth.operator) for stage in found] == [
@@ -604,8 +697,16 @@ def test_several_processes_give_the_losses_of_one(
         (["growth=scratch", "transfer=distilled"], "transfer.teacher: needs a source"),
         (["growth=scratch", "transfer.mup=true"], "transfer.mup: needs a source"),
         (
-            ["source=x", "growth=lossless", "transfer=continued", "optimizer=muon"],
-            "transfer.optimizer: for optimizer=adamw; found muon",
+            ["source=x", "growth=lossless", "transfer=continued", "optimizer=adamw_8bit"],
+            "transfer.optimizer: for optimizer=adamw or muon; found adamw_8bit",
+        ),
+        (
+            ["train.keep_optimizer=true", "optimizer=adamw_8bit"],
+            "train.keep_optimizer: for optimizer=adamw or",
+        ),
+        (
+            ["source=x", "growth=lossless", "transfer.mup=true", "optimizer=muon"],
+            "transfer.mup: for optimizer=adamw; found muon",
         ),
         (
             ["source=x", "growth=lossless", "transfer=frozen", "sharding=full"],
@@ -624,8 +725,20 @@ def test_several_processes_give_the_losses_of_one(
             "transfer.teacher.until: a share",
         ),
         (
-            ["growth=g_stack", "growth.stages=[{until:0.5},{until:1.0,moments:true}]", "optimizer=muon"],
-            "growth.stages.moments: for optimizer=adamw; found muon",
+            [
+                "growth=g_stack",
+                "growth.stages=[{until:0.5},{until:1.0,moments:true}]",
+                "optimizer=adamw_8bit",
+            ],
+            "growth.stages.moments: for optimizer=adamw or muon; found adamw_8bit",
+        ),
+        (
+            ["growth=g_stack", "growth.stages=[{until:0.5},{until:1.0,moments:mine}]", "seed=many"],
+            "growth.stages[1].moments: unknown value 'mine'; known: copied, false, kept, reset, true",
+        ),
+        (
+            ["growth=g_stack", "growth.stages=[{until:0.5},{until:1.0,moments:copy}]"],
+            "did you mean 'copied'?",
         ),
         (
             ["growth=g_stack", "growth.stages=[{until:0.5},{until:0.4}]"],

@@ -268,7 +268,7 @@ def grow_on(
 
     Args:
         weights: of the network, where it does not hold them whole itself.
-        adam: its optimizer's state, to be grown too.
+        adam: its optimizer's state, to be grown too by the stage's rule.
         start: the folder to make.
 
     Raises:
@@ -282,7 +282,7 @@ def grow_on(
             torch.save(adam, partial / OPTIMIZER)
     growth = stage.growth
     choices: dict[str, Any] = {"operator": growth.operator, "seed": settings.seed, **growth.options}
-    choices["optimizer"] = None if adam is None else before
+    choices |= {"optimizer": None if adam is None else before, "moments": stage.rule}
     grow(before, start, target=stage.config, overwrite=True, **choices)
     shutil.rmtree(before)
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from outgrow.growth.moments import Rule
 from outgrow.growth.planning import plan
 from outgrow.growth.resolve import known_family
 from outgrow.model.base.errors import UserError
@@ -36,7 +37,7 @@ class Stage:
         config: of its network.
         growth: the growth that makes its network: the run's own, and later that of what the stage before
             left.
-        moments: take Adam's state over from the stage before.
+        rule: how the optimizer's state grows from the stage before (`growth.moments`); reset: it begins anew.
     """
 
     number: int
@@ -44,7 +45,7 @@ class Stage:
     last: int
     config: dict[str, Any]
     growth: GrowthSettings
-    moments: bool = False
+    rule: Rule = "reset"
 
     def start(self, folder: Path) -> Path:
         """The folder of the weights that it starts from, in a run's folder."""
@@ -84,7 +85,7 @@ def stages_of(settings: Settings, config: Mapping[str, Any]) -> tuple[Stage, ...
             options = dict(asked.options)
             own = GrowthSettings(growth.name, asked.operator, options)
         own_config = _config_of(last_config, resolved.family, asked)
-        stages.append(Stage(number, first, last, own_config, own, asked.moments))
+        stages.append(Stage(number, first, last, own_config, own, asked.rule))
     return tuple(stages)
 
 

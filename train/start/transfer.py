@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -221,27 +221,13 @@ def take_over(
     """
     saved = saved_optimizer(settings, source)
     takes_over = saved is not None and stage.growth.operator != "source"
-    if stage.moments or (stage.number == 0 and takes_over):
+    grows = stage.number > 0 and stage.rule != "reset"
+    if grows or (stage.number == 0 and takes_over):
         load_adam(stage.start(folder), optimizer, network)
     if saved is None or stage.growth.operator != "source":
         return
     assert source is not None
     same = plan(read_config(source), {})  # of a growth that changes nothing
-    names = [step.name for step in same.steps]
     state = read_adam(saved, same)
     moments = state.moments.tensors
-    fill(optimizer, network, names, moments.__getitem__, state.step)
-
-
-def named_state(optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> dict[str, Any]:
-    """The optimizer's state dict, with the parameters' names beside their numbers, as a growth wants to find
-    it.
-    """
-    parameters = network.named_parameters()
-    names = {id(parameter): name for name, parameter in parameters}
-    state = optimizer.state_dict()
-    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
-    for saved, group in groups:
-        identities = map(id, group["params"])
-        saved["param_names"] = [names[identity] for identity in identities]
-    return state
+    fill(optimizer, network, moments, moments.__getitem__, state.step)

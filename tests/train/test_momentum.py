@@ -1,0 +1,214 @@
+"""Muon's momentum, grown with the weights, against what the grown model's own gradients give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.families import config_of, renamed
+from helpers.models import random_model
+from helpers.unwritten import config_of as stranger
+from outgrow.growth import grow, grow_adam, load_adam
+from outgrow.growth.adam import named_state
+from outgrow.growth.memory import follow, plan_of
+from outgrow.growth.moments import Rule, inexact
+from outgrow.growth.origin import Origin, origins
+from outgrow.growth.plan import Plan
+from outgrow.model.base.errors import UserError
+from outgrow.model.build import load_model, stored_names
+from outgrow.train.optimizer import build_optimizer
+from outgrow.train.settings import OptimizerSettings
+
+FLOAT64 = 1e-12  # of the largest entry
+WIDER = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 8, "num_hidden_layers": 3}
+
+
+def muon(model: Any, rate: float = 0.0) -> torch.optim.Optimizer:
+    """Muon for the hidden matrices of a model and AdamW for the rest; at a rate of 0 it moves nothing."""
+    settings = OptimizerSettings("muon", rate, (0.9, 0.95), 1e-8, weight_decay=0.1, momentum=0.95)
+    return build_optimizer(model, settings)
+
+
+def adam(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.0)
+
+
+def trained(model: Any, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer after three batches."""
+    numbers = torch.Generator().manual_seed(7)
+    for _ in range(3):
+        tokens = torch.randint(60, (2, 12), generator=numbers)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def state_of(optimizer: torch.optim.Optimizer, model: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """What is kept for each parameter, by its name."""
+    return {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+
+
+def grown_state(source: Any, made: Plan, rule: Rule = "own") -> tuple[Any, dict[str, Any]]:
+    """The model that a plan makes, and the state grown from that of the source after three batches."""
+    grown = follow(made, source)
+    optimizer = muon(grown)
+    grow_adam(trained(source, muon(source)), source, optimizer, grown, made, rule)
+    return grown, state_of(optimizer, grown)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "floor"), [("phi", FLOAT64), ("gpt2", FLOAT64), ("llama", 1e-4)])
+def test_momentum_is_that_of_the_grown_models_own_gradients(name: str, floor: float) -> None:
+    """Llama's norms compute in float32."""
+    source = random_model(config_of(name))
+    made = plan_of(source, renamed(name, WIDER), noise=0.0)
+    assert list(inexact(made)) == []
+    grown, mine = grown_state(source, made)
+    theirs = state_of(trained(grown, muon(grown)), grown)
+    steps = {step.name: step for step in made.steps}
+    names = stored_names(grown)
+    kinds = set()
+    for parameter in mine:
+        assert mine[parameter].keys() == theirs[parameter].keys()
+        origin = torch.from_numpy(origins(made, steps[names[parameter]]))
+        for key, moment in mine[parameter].items():
+            kinds.add(key)
+            if key == "step":
+                assert moment == 3
+                continue
+            assert not moment[origin == Origin.NEW].any()
+            inherited = origin >= Origin.COPY
+            if inherited.any():
+                expected = theirs[parameter][key]
+                apart = (moment - expected)[inherited].abs().max()
+                assert apart <= floor * (expected.abs().max() or 1.0), (parameter, key)
+    assert kinds == {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"}
+
+
+@pytest.mark.parametrize(
+    ("depth", "rule", "expected"),
+    [
+        ("stack", "copied", [0, 1, 0, 1, 0]),
+        ("stack", "kept", [0, 1, None, None, None]),
+        ("stack", "own", [0, 1, 0, 1, 0]),
+        ("stack", "reset", [None] * 5),
+        ("interleave", "copied", [0, 0, 0, 1, 1]),
+        ("interleave", "kept", [0, None, None, 1, None]),
+        ("identity", "copied", [0, 0, 0, 1, 1]),
+        ("identity", "kept", [0, None, None, 1, None]),
+        ("identity", "own", [0, None, None, 1, None]),
+        ([1, 0, 1], "kept", [1, 0, None]),
+    ],
+)
+def test_each_layer_takes_the_state_of_its_source_layer_or_begins_at_zero(
+    phi_config: dict[str, Any], depth: Any, rule: Rule, expected: list[int | None]
+) -> None:
+    """Of a layer's copies the first in the layer map is the source's own."""
+    source = random_model(phi_config | {"num_hidden_layers": 2})
+    old = state_of(trained(source, muon(source)), source)
+    made = plan_of(source, {"num_hidden_layers": len(expected)}, depth=depth)
+    _, new = grown_state(source, made, rule)
+    assert {name.split(".")[2] for name in new if ".layers." in name} == set(map(str, range(len(expected))))
+    for name, entry in new.items():
+        start: str | None = name
+        if ".layers." in name:
+            number = int(name.split(".")[2])
+            layer = expected[number]
+            start = None if layer is None else name.replace(f".{number}.", f".{layer}.", 1)
+        elif rule == "reset":
+            start = None
+        for key, moment in entry.items():
+            if key == "step":
+                assert moment == 3
+            elif start is None:
+                assert not moment.any(), (name, key)
+            else:
+                assert torch.equal(moment, old[start][key]), (name, key)
+
+
+def test_a_layer_between_two_takes_the_mean_of_theirs(phi_config: dict[str, Any]) -> None:
+    source = random_model(phi_config | {"num_hidden_layers": 2})
+    old = state_of(trained(source, muon(source)), source)
+    made = plan_of(source, {"num_hidden_layers": 3}, depth="neighbours")
+    name = "model.layers.{}.mlp.fc1.weight"
+    below, above = (old[name.format(number)]["momentum_buffer"] for number in (0, 1))
+    for rule, expected in (("copied", (below + above) / 2), ("kept", torch.zeros_like(below))):
+        _, new = grown_state(source, made, rule)  # type: ignore[arg-type]
+        torch.testing.assert_close(new[name.format(1)]["momentum_buffer"], expected)
+        assert torch.equal(new[name.format(2)]["momentum_buffer"], above)
+
+
+@pytest.mark.parametrize("rule", ["copied", "kept"])
+def test_kept_entries_are_the_sources_and_copied_ones_share_its_gradient(
+    phi_config: dict[str, Any], rule: Rule
+) -> None:
+    """Of 40 units, 10 are copied once: each of the two sees the whole gradient of what it reads, and half
+    where both are read."""
+    source = random_model(phi_config | {"num_hidden_layers": 2})
+    old = state_of(trained(source, muon(source)), source)
+    made = plan_of(source, {"intermediate_size": 50}, noise=0.0)
+    _, new = grown_state(source, made, rule)
+    for layer, factor in (("fc1", "rows"), ("fc2", "columns")):
+        name = f"model.layers.0.mlp.{layer}.weight"
+        before, after = (state[name]["momentum_buffer"] for state in (old, new))
+        if factor == "columns":
+            before, after = before.T, after.T
+        step = next(step for step in made.steps if step.name == name)
+        axis = step.maps[0 if factor == "rows" else 1]
+        times = torch.from_numpy(axis.counts()[axis.index] * axis.gain)[:, None]
+        if rule == "kept":
+            assert torch.equal(after[:40], before)
+            assert not after[40:].any()
+        else:
+            torch.testing.assert_close(after, before[axis.index] / times)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_stacks_of_experts_grow_their_momentum(tmp_path: Path, name: str) -> None:
+    """In memory, and on disk where each expert may lie by itself; the library's routers compute in
+    float32."""
+    source = random_model(stranger(name))
+    source.config._experts_implementation = "eager"  # the fused kernels know no float64
+    target = {"hidden_size": 32, "intermediate_size": 24}
+    if name == "mixtral":
+        target |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    made = plan_of(source, target, noise=0.0)
+    grown = follow(made, source)
+    grown.config._experts_implementation = "eager"
+    before, after = trained(source, muon(source)), muon(grown)
+    grow_adam(before, source, after, grown, made)
+    mine, theirs = state_of(after, grown), state_of(trained(grown, muon(grown)), grown)
+    stacks = 0
+    for parameter, entry in theirs.items():
+        for key, expected in entry.items():
+            if key != "step":
+                apart = (mine[parameter][key] - expected).abs().max()
+                assert apart <= 1e-4 * expected.abs().max(), (parameter, key)
+        stacks += "momentum_buffer" in entry and entry["momentum_buffer"].ndim == 3
+    assert stacks
+    source.save_pretrained(tmp_path / "source")
+    torch.save(named_state(before, source), tmp_path / "optimizer.pt")
+    state = {"optimizer": tmp_path / "optimizer.pt", "receipt": False}
+    grow(tmp_path / "source", tmp_path / "out", target=target, noise=0.0, **state)  # type: ignore[arg-type]
+    loaded = load_model(tmp_path / "out", dtype="float64", attention="eager")
+    from_disk = muon(loaded)
+    load_adam(tmp_path / "out", from_disk, loaded)
+    for parameter, entry in state_of(from_disk, loaded).items():
+        assert all(torch.equal(moment, mine[parameter][key]) for key, moment in entry.items()), parameter
+
+
+@pytest.mark.parametrize(("made_by", "goes_on"), [(adam, muon), (muon, adam)])
+def test_the_state_of_another_optimizer_is_refused(
+    phi_config: dict[str, Any], made_by: Any, goes_on: Any
+) -> None:
+    source = random_model(phi_config | {"num_hidden_layers": 2})
+    made = plan_of(source, {"num_hidden_layers": 3})
+    grown = follow(made, source)
+    before = trained(source, made_by(source))
+    with pytest.raises(UserError, match="go on with the one that made it, or without it"):
+        grow_adam(before, source, goes_on(grown), grown, made)
