@@ -17,13 +17,13 @@ from outgrow.growth.plan import Plan  # noqa: E402
 from outgrow.growth.planning import plan  # noqa: E402
 
 if TYPE_CHECKING:
-    from outgrow.growth.adam import grow_adam, load_adam
     from outgrow.growth.memory import grow_model
+    from outgrow.growth.optimizer import grow_optimizer, load_optimizer
 
-__all__ = ["Grown", "Plan", "grow", "grow_adam", "grow_model", "load_adam", "plan"]
+__all__ = ["Grown", "Plan", "grow", "grow_model", "grow_optimizer", "load_optimizer", "plan"]
 
 # which growing a folder does without
-_NEED_TORCH = {"grow_model": "memory", "grow_adam": "adam", "load_adam": "adam"}
+_NEED_TORCH = {"grow_model": "memory", "grow_optimizer": "optimizer", "load_optimizer": "optimizer"}
 
 
 def __getattr__(name: str) -> Any:

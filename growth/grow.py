@@ -36,9 +36,9 @@ from outgrow.model.config import Target
 from outgrow.model.locate import locate
 
 if TYPE_CHECKING:
-    from outgrow.growth.adam import AdamState
     from outgrow.growth.certificate import Certificate
     from outgrow.growth.learned.text import Calibration
+    from outgrow.growth.optimizer import OptimizerState
     from outgrow.growth.passage import Passage
 
 # above this a receipt is measured only when it is asked for: both models are loaded for it
@@ -130,8 +130,8 @@ def grow(
         threads: that compute, over tensors; the bits do not depend on it.
         max_shard_bytes: size of a shard.
         optimizer: Adam's or Muon's saved state of the source, a file or a folder with `optimizer.bin` or
-            `optimizer.pt`; grown with the weights into `out/optimizer`, from where `growth.load_adam` puts it
-            into an optimizer.
+            `optimizer.pt`; grown with the weights into `out/optimizer`, from where `growth.load_optimizer`
+            puts it into an optimizer.
         moments: how that grows (`growth.moments`).
         nonfinite: what to do with NaN and infinite weights; allow copies them like any other.
         worker: `i/n`: write the i-th of n shares of the shards, while other processes write theirs
@@ -161,7 +161,7 @@ def grow(
             "them out"
         )
     out = Path(os.path.expanduser(out))
-    adam_path = None if optimizer is None else Path(os.path.expanduser(optimizer))
+    optimizer_path = None if optimizer is None else Path(os.path.expanduser(optimizer))
     with Checkpoint(locate(source, revision)) as opened:
         checkpoint = plain_source(opened, target, depth)
         beside = Beside.of(checkpoint.folder, checkpoint.config)
@@ -175,7 +175,7 @@ def grow(
         passage = None if text is None else passage_for(checkpoint.folder, text)
         allows_nonfinite = nonfinite == "allow"
         reader: Reader = checkpoint if allows_nonfinite else FiniteReader(checkpoint, decided.dtypes)
-        adam = None if adam_path is None else _read_adam(adam_path, decided)
+        state = None if optimizer_path is None else _read_optimizer(optimizer_path, decided)
         lesson = read_lesson(decided, checkpoint, text)
         shards = shards_of(decided, max_shard_bytes)
         pieces = out.parent / f"{out.name}{KEPT}"
@@ -185,7 +185,7 @@ def grow(
             reader=reader,
             beside=beside,
             provenance=provenance,
-            adam=adam,
+            state=state,
             rule=moments,
             lesson=lesson,
             passage=passage,
@@ -198,8 +198,8 @@ def grow(
             learning=learning,
         )
         read = [*checkpoint.files]
-        if adam_path is not None:
-            read.append(adam_path)
+        if optimizer_path is not None:
+            read.append(optimizer_path)
         place = Place(out, overwrite, tuple(read))
         grown = work.alone(place) if worker is None else work.shared(place, Worker.parse(worker))
     if grown.learned is not None:
@@ -221,7 +221,7 @@ class _Work:
     reader: Reader
     beside: Beside
     provenance: Provenance
-    adam: AdamState | None
+    state: OptimizerState | None
     rule: Rule
     lesson: Calibration | None
     passage: Passage | None
@@ -275,8 +275,8 @@ class _Work:
         plan = self.plan
         self.source.check_unchanged()
         write_index(folder, self.shards)
-        if self.adam is not None:
-            self._write_moments(folder / OPTIMIZER, self.adam)
+        if self.state is not None:
+            self._write_moments(folder / OPTIMIZER, self.state)
         self.beside.copy(folder)
         learned = self._learn(folder)
         verify_structure(folder, plan)
@@ -289,17 +289,17 @@ class _Work:
     def _write(self, plan: Plan, reader: Reader, folder: Path, shards: Shards) -> None:
         write_weights(plan, reader, folder, shards, threads=self.threads, progress=self.progress)
 
-    def _write_moments(self, folder: Path, adam: AdamState) -> None:
+    def _write_moments(self, folder: Path, optimizer: OptimizerState) -> None:
         """Grow the moments into a folder, as safetensors beside a state.json that says how."""
         shutil.rmtree(folder, ignore_errors=True)  # a killed worker's
         folder.mkdir()
-        moments = moments_plan(self.plan, adam.moments.dtypes, self.rule)
+        moments = moments_plan(self.plan, optimizer.moments.dtypes, self.rule)
         shards = shards_of(moments, self.max_shard_bytes)
-        self._write(moments, adam.moments, folder, shards)
+        self._write(moments, optimizer.moments, folder, shards)
         write_index(folder, shards)
         rule = told(self.plan, self.rule)
         reasons = list(inexact(self.plan, self.rule))
-        state = {"step": adam.step, "rule": rule, "inexact": reasons}
+        state = {"step": optimizer.step, "rule": rule, "inexact": reasons}
         text = json.dumps(state, indent=1)
         (folder / STATE).write_text(f"{text}\n")
 
@@ -352,7 +352,7 @@ def read_lesson(plan: Plan, source: Checkpoint, text: str | Path | None) -> Cali
     return calibration(plan, source.folder)
 
 
-def _read_adam(path: Path, plan: Plan) -> AdamState:
-    from outgrow.growth.adam import read_adam  # imports torch, which growing weights does without
+def _read_optimizer(path: Path, plan: Plan) -> OptimizerState:
+    from outgrow.growth.optimizer import read_optimizer  # imports torch, which growing weights does without
 
-    return read_adam(path, plan)
+    return read_optimizer(path, plan)

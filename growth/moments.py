@@ -35,6 +35,8 @@ from outgrow.growth.plan import Plan
 OPTIMIZER, STATE = "optimizer", "state.json"
 # PyTorch's names of what is kept for a parameter → the power of the gradient that it averages
 POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "momentum_buffer": 1}
+# what an optimizer keeps for one parameter
+ADAM, MUON = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 
 # how moments grow: `own` is what the operator says, one of the others
 Rule = Literal["own", "transpose", "copied", "kept", "reset"]

@@ -13,6 +13,7 @@ from outgrow.train.data.settings import disagreements as data_disagreements
 from outgrow.train.data.settings import mixture_disagreements
 from outgrow.train.schedule import REWARM, SCHEDULES, ScheduleSettings
 from outgrow.train.settings import (
+    KEPT,
     UNGROWN,
     GrowthSettings,
     LoopSettings,
@@ -23,7 +24,6 @@ from outgrow.train.settings import (
 from outgrow.train.suite.suite import load_suite
 
 SEEDS = 2**63
-GROWING = ("adamw", "muon")  # the optimizers whose state is kept for growth, and grows
 
 
 def disagreements(settings: Settings) -> list[str]:
@@ -390,9 +390,9 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
         "train.keep_optimizer": settings.train.keep_optimizer,
         "growth.stages.moments": grows_moments,
     }
-    if optimizer not in GROWING:
+    if optimizer not in KEPT:
         needing = [key for key, wanted in needs_state.items() if wanted]
-        faults += [f"{key}: for optimizer={' or '.join(GROWING)}; found {optimizer}" for key in needing]
+        faults += [f"{key}: for optimizer={' or '.join(KEPT)}; found {optimizer}" for key in needing]
     unsharded = {
         "transfer.inherited_rate": own_rate,
         "schedule.rewarm=new": settings.schedule.rewarm == "new",

@@ -95,9 +95,9 @@ def grow_into(context: RunContext, objects: TrainingObjects, following: Stage) -
     with context.clock.paused():
         weights = whole_weights(objects.objective, accelerator)
         if accelerator.is_main_process:
-            adam = None if following.rule == "reset" else objects.adam()
+            optimizer_state = None if following.rule == "reset" else objects.optimizer_state()
             start = following.start(folder)
-            grow_on(objects.network, weights, adam, following, settings, start)
+            grow_on(objects.network, weights, optimizer_state, following, settings, start)
         if objects.average is not None:
             with objects.average.applied():
                 averaged = whole_weights(objects.objective, accelerator)

@@ -60,6 +60,7 @@ from outgrow.train.start.lesson import check_text
 from outgrow.train.start.rehearsal import rehearse_end
 from outgrow.train.start.source import (
     begin,
+    check_optimizer,
     find_source,
     source_cost,
     source_dtype,
@@ -180,6 +181,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                 trunk = find_trunk(trunks, settings, console.say)
                 check_text(settings, stages[0], source, data)
                 check_growths(stages, settings)
+                check_optimizer(settings, source)
                 if trunk is None:
                     start = begin(settings, stages[0], source, folder)
                 else:
@@ -214,8 +216,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         # The order matters:
         # 1. a checkpoint of this run, the newest intact one: the run goes on to the bit as if never stopped;
         # 2. a shorter horizon's trunk, which is first copied in and then such a checkpoint;
-        # 3. the stage before, grown, with Adam's state where the stage has `moments` (growth on the way);
-        # 4. the source, grown or as it is, with Adam's state where transfer.optimizer asks for it;
+        # 3. the stage before, grown, with the optimizer's state by the stage's `moments` (growth on the way);
+        # 4. the source, grown or as it is, with the optimizer's state where transfer.optimizer asks for it;
         # 5. scratch: the library's own initialisation, from the seed.
         if run.trunk is not None and main:
             begun = state.complete(checkpoints, tidy=True)
@@ -348,9 +350,9 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
             weights = whole_weights(objects.objective, accelerator)
             if main:
                 summary = summarise(position)
-                keeps_adam = loop.keep_optimizer or run_folder.keeps_optimizer(folder)
-                adam = objects.adam() if keeps_adam else None
-                final = publish(folder, objects.network, weights, data, run, summary, adam, dtype)
+                keeps_state = loop.keep_optimizer or run_folder.keeps_optimizer(folder)
+                kept = objects.optimizer_state() if keeps_state else None
+                final = publish(folder, objects.network, weights, data, run, summary, kept, dtype)
                 write_samples(context, objects, "end", None if weights is None else final)
                 # the metrics are on the disk before the summary says that they are complete
                 logged = metrics_so_far(context).encode()

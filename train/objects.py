@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from outgrow.growth.adam import named_state
+from outgrow.growth.optimizer import named_state
 from outgrow.model.build import load_model
 from outgrow.model.geometry import parameter_count
 from outgrow.train.average import Average
@@ -72,7 +72,7 @@ class TrainingObjects:
     average: Average | None = None  # of the weights over the steps (EMA)
     diagnostics: Diagnostics | None = None  # of copies and new entries, on the processes that look
 
-    def adam(self) -> dict[str, Any]:
+    def optimizer_state(self) -> dict[str, Any]:
         """The optimizer's state with the parameters' names."""
         return named_state(self.optimizer.optimizer, self.network)
 
@@ -145,7 +145,8 @@ def _diagnostics(
 def fill_state(context: RunContext, objects: TrainingObjects, stage: Stage, saved: Path | None) -> None:
     """Restore everything from the checkpoint `saved`.
 
-    Where the stage begins, take over Adam's state, if any is to be, and the averaged weights that have grown.
+    Where the stage begins, take over an optimizer's state, if any is to be, and the averaged weights that
+    have grown.
 
     Raises:
         UserError: the checkpoint, or the optimizer's state of the source, cannot be read.

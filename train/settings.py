@@ -12,10 +12,13 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from outgrow.growth.moments import Rule
+from outgrow.growth.moments import ADAM, MUON, Rule
 from outgrow.train.data.settings import DataSettings, MixtureSettings
 from outgrow.train.schedule import ScheduleSettings
 from outgrow.train.start.neutral import flatten, is_neutral
+
+# the optimizers whose state is kept for growth, and grows → what it holds
+KEPT: Mapping[str, tuple[str, ...]] = {"adamw": ADAM, "muon": (*ADAM, *MUON)}
 
 # the operators that grow nothing: build the target afresh; train the source itself on
 UNGROWN = ("scratch", "source")
@@ -121,7 +124,7 @@ class LoopSettings:
     log_every_tokens: int
     save_every_tokens: int | None
     keep: int  # newest checkpoints
-    keep_optimizer: bool  # Adam's state beside the final model, for a growth that takes it over
+    keep_optimizer: bool  # the optimizer's state beside the final model, for a growth that takes it over
     # of the final model's weights; null: float32
     save_dtype: Literal["source", "float32", "bfloat16", "float16"] | None
     keep_best: bool  # the checkpoint of the lowest validation loss too, saved when it is measured

@@ -411,7 +411,7 @@ def grown_gradients(
     source: Any, target: dict[str, Any], operator: str, **how: Any
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The source's gradients grown as first moments, and the grown model's own."""
-    from outgrow.growth.adam import Tensors, expand
+    from outgrow.growth.optimizer import Tensors, expand
 
     made = plan(source.config.to_dict(), target, operator, noise=0.0, **how)
     first = {

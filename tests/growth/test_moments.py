@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from helpers.families import FAMILIES, MULTI_HEAD, config_of, growths, renamed
 from helpers.models import random_model
 from helpers.unwritten import config_of as stranger
-from outgrow.growth import grow, grow_adam, load_adam, plan
-from outgrow.growth.adam import ADAM, fill
+from outgrow.growth import grow, grow_optimizer, load_optimizer, plan
 from outgrow.growth.decision import Step
 from outgrow.growth.memory import config_of as config_of_model
 from outgrow.growth.memory import follow, plan_of
-from outgrow.growth.moments import inexact
+from outgrow.growth.moments import ADAM, inexact
+from outgrow.growth.optimizer import fill
 from outgrow.growth.origin import Origin, axis_origins, origins
 from outgrow.growth.plan import Plan
 from outgrow.model.base.errors import UserError
@@ -67,7 +67,7 @@ def furthest(source: Any, made: Plan, least: Origin = Origin.COPY) -> float:
     relative to the tensor's largest."""
     grown = follow(made, source)
     expected, optimizer = trained(grown), adam(grown)
-    grow_adam(trained(source), source, optimizer, grown, made)
+    grow_optimizer(trained(source), source, optimizer, grown, made)
     steps, names, worst = {step.name: step for step in made.steps}, stored_names(grown), 0.0
     for name, parameter in grown.named_parameters():
         mine, theirs = optimizer.state[parameter], expected.state[parameter]
@@ -132,7 +132,7 @@ def test_under_noise_copies_get_the_mean_of_their_own_moments(name: str, tied: b
     assert [fault.split(":")[0] for fault in inexact(made)] == ["noise 0.5"]
     grown = follow(made, source)
     expected, optimizer = trained(grown), adam(grown)
-    grow_adam(trained(source), source, optimizer, grown, made)
+    grow_optimizer(trained(source), source, optimizer, grown, made)
     steps, names, uneven = {step.name: step for step in made.steps}, stored_names(grown), 0
     for parameter_name, parameter in grown.named_parameters():
         step, mine, theirs = (
@@ -178,7 +178,7 @@ def test_moments_of_a_derived_family(tmp_path: Path, name: str) -> None:
     grown = follow(made, source)
     grown.config._experts_implementation = "eager"
     expected, optimizer = trained(grown), adam(grown)
-    grow_adam(trained(source), source, optimizer, grown, made)
+    grow_optimizer(trained(source), source, optimizer, grown, made)
     steps, shapes = {step.name: step for step in made.steps}, set()
     for key in ("exp_avg", "exp_avg_sq"):
         mine, theirs = (
@@ -210,7 +210,7 @@ def test_moments_of_a_derived_family(tmp_path: Path, name: str) -> None:
     )
     loaded = load_model(tmp_path / "out", dtype="float64", attention="eager")
     from_disk = adam(loaded)
-    load_adam(tmp_path / "out", from_disk, loaded)
+    load_optimizer(tmp_path / "out", from_disk, loaded)
     for there, here in zip(loaded.parameters(), grown.parameters(), strict=True):
         assert torch.equal(there, here)
         assert all(
@@ -227,7 +227,7 @@ def test_operators_that_do_not_keep_the_function_reset_or_keep_originals_only() 
         made = plan_of(source, target, operator)
         grown = follow(made, source)
         before, optimizer = trained(source), adam(grown)
-        grow_adam(before, source, optimizer, grown, made)
+        grow_optimizer(before, source, optimizer, grown, made)
         kept, old = grown.transformer.h[1].mlp.c_fc.weight, source.transformer.h[1].mlp.c_fc.weight
         moment = optimizer.state[kept]["exp_avg"]
         if operator == "sparkling":
@@ -303,9 +303,9 @@ def test_saved_states_grow_on_disk_as_in_memory(tmp_path: Path, name: str, form:
     )
     loaded = load_model(tmp_path / "out", dtype="float64", attention="eager")
     mine, expected = adam(loaded), adam(loaded)
-    load_adam(tmp_path / "out", mine, loaded)
+    load_optimizer(tmp_path / "out", mine, loaded)
     source = random_model(config_of(name))
-    grow_adam(trained(source), source, expected, loaded, grown.plan)
+    grow_optimizer(trained(source), source, expected, loaded, grown.plan)
     for parameter in loaded.parameters():
         assert all(
             torch.equal(mine.state[parameter][key], expected.state[parameter][key])
@@ -411,7 +411,7 @@ def test_the_count_beside_grown_moments_is_read_or_refused(
     save_file({"exp_avg.a": torch.zeros(1)}, tmp_path / "optimizer" / "model.safetensors")
     (tmp_path / "optimizer" / "state.json").write_text(text)
     with pytest.raises(UserError, match=r"optimizer/state\.json: .*grow anew, or go on without it"):
-        load_adam(tmp_path, adam(model := load_model(phi_folder)), model)
+        load_optimizer(tmp_path, adam(model := load_model(phi_folder)), model)
 
 
 def test_a_state_that_would_run_code_is_refused(phi_folder: Path, tmp_path: Path) -> None:
@@ -433,4 +433,4 @@ def test_a_state_that_would_run_code_is_refused(phi_folder: Path, tmp_path: Path
         with pytest.raises(UserError, match=r"no such file|no optimizer\.bin or optimizer\.pt"):
             grow(phi_folder, tmp_path / "out", target={"intermediate_size": 80}, optimizer=path)
     with pytest.raises(UserError, match="grow with optimizer=FILE"):
-        load_adam(phi_folder, adam(model := load_model(phi_folder)), model)
+        load_optimizer(phi_folder, adam(model := load_model(phi_folder)), model)

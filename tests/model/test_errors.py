@@ -36,7 +36,7 @@ def test_a_library_that_says_nothing_is_told_by_every_room(monkeypatch: Any, tmp
     import torch
     from transformers import AutoTokenizer
 
-    from outgrow.growth.adam import read_adam
+    from outgrow.growth.optimizer import read_optimizer
     from outgrow.train.data.tokenizer import load_tokenizer
 
     unread: Any = None
@@ -48,7 +48,7 @@ def test_a_library_that_says_nothing_is_told_by_every_room(monkeypatch: Any, tmp
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", silent)
     (tmp_path / "optimizer.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"PyTorch file of tensors \(AssertionError\)"):
-        read_adam(tmp_path, unread)
+        read_optimizer(tmp_path, unread)
     with pytest.raises(UserError, match=r"cannot be loaded \(AssertionError\)"):
         load_tokenizer("owner/name")
 

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.scripts import script
-from outgrow.growth import grow, grow_adam, load_adam, plan
+from outgrow.growth import grow, grow_optimizer, load_optimizer, plan
 from outgrow.growth.engine.execute import Expander
 from outgrow.growth.memory import follow
 from outgrow.growth.moments import inexact
@@ -209,7 +209,7 @@ def test_adams_state_grows_with_the_weights(source: Path, held: Meter, work: Pat
         torch.optim.AdamW(larger.parameters(), lr=0.0),
         torch.optim.AdamW(larger.parameters(), lr=0.0),
     )
-    grow_adam(adam, model, grown, larger, made)
+    grow_optimizer(adam, model, grown, larger, made)
     torch.save(adam.state_dict(), work / "optimizer.bin")
     del adam, model
     step(larger, own, tokens)
@@ -222,7 +222,7 @@ def test_adams_state_grows_with_the_weights(source: Path, held: Meter, work: Pat
     del own
     grow(source, work / "out", target=SMALL, noise=0.0, receipt=False, optimizer=work / "optimizer.bin")
     loaded = torch.optim.AdamW(larger.parameters(), lr=0.0)
-    load_adam(work / "out", loaded, larger)
+    load_optimizer(work / "out", loaded, larger)
     for parameter in larger.parameters():
         assert torch.equal(loaded.state[parameter]["exp_avg"], grown.state[parameter]["exp_avg"])
 

@@ -11,10 +11,10 @@ import torch
 from helpers.families import config_of, renamed
 from helpers.models import random_model
 from helpers.unwritten import config_of as stranger
-from outgrow.growth import grow, grow_adam, load_adam
-from outgrow.growth.adam import named_state
+from outgrow.growth import grow, grow_optimizer, load_optimizer
 from outgrow.growth.memory import follow, plan_of
 from outgrow.growth.moments import Rule, inexact
+from outgrow.growth.optimizer import named_state
 from outgrow.growth.origin import Origin, origins
 from outgrow.growth.plan import Plan
 from outgrow.model.base.errors import UserError
@@ -56,7 +56,7 @@ def grown_state(source: Any, made: Plan, rule: Rule = "own") -> tuple[Any, dict[
     """The model that a plan makes, and the state grown from that of the source after three batches."""
     grown = follow(made, source)
     optimizer = muon(grown)
-    grow_adam(trained(source, muon(source)), source, optimizer, grown, made, rule)
+    grow_optimizer(trained(source, muon(source)), source, optimizer, grown, made, rule)
     return grown, state_of(optimizer, grown)
 
 
@@ -181,7 +181,7 @@ def test_stacks_of_experts_grow_their_momentum(tmp_path: Path, name: str) -> Non
     grown = follow(made, source)
     grown.config._experts_implementation = "eager"
     before, after = trained(source, muon(source)), muon(grown)
-    grow_adam(before, source, after, grown, made)
+    grow_optimizer(before, source, after, grown, made)
     mine, theirs = state_of(after, grown), state_of(trained(grown, muon(grown)), grown)
     stacks = 0
     for parameter, entry in theirs.items():
@@ -197,7 +197,7 @@ def test_stacks_of_experts_grow_their_momentum(tmp_path: Path, name: str) -> Non
     grow(tmp_path / "source", tmp_path / "out", target=target, noise=0.0, **state)  # type: ignore[arg-type]
     loaded = load_model(tmp_path / "out", dtype="float64", attention="eager")
     from_disk = muon(loaded)
-    load_adam(tmp_path / "out", from_disk, loaded)
+    load_optimizer(tmp_path / "out", from_disk, loaded)
     for parameter, entry in state_of(from_disk, loaded).items():
         assert all(torch.equal(moment, mine[parameter][key]) for key, moment in entry.items()), parameter
 
@@ -211,4 +211,8 @@ def test_the_state_of_another_optimizer_is_refused(
     grown = follow(made, source)
     before = trained(source, made_by(source))
     with pytest.raises(UserError, match="go on with the one that made it, or without it"):
-        grow_adam(before, source, goes_on(grown), grown, made)
+        grow_optimizer(before, source, goes_on(grown), grown, made)
+    with pytest.raises(UserError, match=r"optimizer: has \d+ parameters that the model has not"):
+        grow_optimizer(before, grown, made_by(grown), grown, made)
+    with pytest.raises(UserError, match="moments: expected one of own, transpose, copied, kept, reset"):
+        grow_optimizer(before, source, made_by(grown), grown, made, "copy")  # type: ignore[arg-type]

@@ -226,7 +226,7 @@ def test_a_longer_budget_of_a_complete_run_is_told_the_way(tmp_path: Path) -> No
     assert shorter_run(replace(asked, out=str(tmp_path / asked.name))) == (
         f"{done} trained this for 1,024,000 tokens; to train what it reached further, and not the whole "
         f"again: growth=source source={done}/final transfer=continued (after train.keep_optimizer=true, "
-        "which makes a complete run keep Adam's state), under a study= of its own"
+        "which makes a complete run keep its optimizer's state), under a study= of its own"
     )
     assert shorter_run(compose([*GIVEN])) is None
     with pytest.raises(UserError, match=r"growth=source source=\S+/final transfer=continued"):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from helpers.models import random_model
 from helpers.toy import assert_close_run, assert_same_run, ended, rows, weights, without_target
 from outgrow.growth import plan
-from outgrow.growth.adam import read_adam
+from outgrow.growth.optimizer import read_optimizer
 from outgrow.growth.origin import Origin, origins
 from outgrow.growth.record import recorded_plan
 from outgrow.model.base.errors import UserError
@@ -183,7 +183,7 @@ def test_a_run_that_goes_on_from_a_frozen_one_takes_over_the_state_of_what_was_t
             "train.keep_optimizer=true",
         )
     )
-    state = read_adam(frozen / "final", plan(read_config(frozen / "final"), {}))
+    state = read_optimizer(frozen / "final", plan(read_config(frozen / "final"), {}))
     assert state.step == 6
     for name in ("model.layers.0.mlp.fc1.weight", "model.layers.1.mlp.fc1.weight"):
         assert bool(torch.as_tensor(state.moments.tensors[f"exp_avg.{name}"]).any()) is ("layers.1." in name)
@@ -230,7 +230,7 @@ def test_matrices_learn_at_the_ratio_of_their_fan_in(phi_config: dict[str, Any])
         assert (decay[id(parameter)] == 0.5) == (parameter.ndim == 2 and "embed" not in name), name
 
 
-# ---- Adam --------------------------------------------------------------------------------------------------
+# ---- the optimizer's state ---------------------------------------------------------------------------------
 
 
 def first_optimizer(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def first_optimizer(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> dict
 def test_adams_state_is_taken_over(
     overrides: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = read_adam(source, plan(read_json(source / "config.json"), {}))
+    state = read_optimizer(source, plan(read_json(source / "config.json"), {}))
     control = grown(overrides, source, tmp_path / "control", "growth=source", "transfer=continued")
     for name, slots in first_optimizer(monkeypatch, control).items():
         assert slots["step"] == state.step == 6
@@ -274,6 +274,52 @@ def test_adams_state_is_taken_over(
             slots["exp_avg"], before if origin[number] is not None else torch.zeros_like(before)
         ), name
     assert larger
+
+
+@pytest.fixture(scope="module")
+def muons(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a run with Muon. Read only."""
+    out = tmp_path_factory.mktemp("runs") / "muons"
+    settings = compose([*overrides, "train.keep_optimizer=true", "optimizer=muon", f"out={out}"])
+    return loop.train(settings) / "final"
+
+
+@pytest.mark.slow
+def test_muons_state_is_taken_over(
+    overrides: list[str], muons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a run that trains the source on, and by one whose new layer begins at zero."""
+    state = read_optimizer(muons, plan(read_json(muons / "config.json"), {})).moments.tensors
+    kinds = {name.partition(".")[0] for name in state}
+    assert kinds == {"exp_avg", "exp_avg_sq", "momentum_buffer"}
+    how = ("transfer=continued", "optimizer=muon", "growth.noise=0")
+    same = grown(overrides, muons, tmp_path / "same", *how[:2], "growth=source")
+    deeper = grown(overrides, muons, tmp_path / "deeper", *how, DEEPER)
+    control, larger = (first_optimizer(monkeypatch, settings) for settings in (same, deeper))
+    for name, slots in larger.items():
+        is_new = ".layers.1." in name
+        origin = name.replace(".layers.1.", ".layers.0.")
+        assert slots.keys() == control[origin].keys()
+        for key in slots.keys() - {"step"}:
+            before = torch.as_tensor(state[f"{key}.{origin}"])
+            assert torch.equal(control[origin][key], before)
+            assert torch.equal(slots[key], torch.zeros_like(before) if is_new else before), name
+    assert {key for slots in larger.values() for key in slots} == {*kinds, "step"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("growth", ["lossless", "source"])
+def test_another_optimizers_state_is_refused_before_anything_is_grown(
+    overrides: list[str], source: Path, muons: Path, tmp_path: Path, growth: str
+) -> None:
+    target = ["target={num_hidden_layers:2}"] if growth == "lossless" else []
+    for saved, name in ((source, "muon"), (muons, "adamw")):
+        own = [f"growth={growth}", "transfer=continued", f"optimizer={name}", *target]
+        settings = grown(overrides, saved, tmp_path / name, *own)
+        with pytest.raises(UserError, match=r"transfer\.optimizer \S+: .*go on with the one that made it"):
+            loop.train(settings)
+        assert not (tmp_path / name / "start").exists()
+        assert not (tmp_path / name / "run.json").exists()
 
 
 # ---- the teacher -------------------------------------------------------------------------------------------

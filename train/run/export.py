@@ -38,7 +38,7 @@ def publish(
     data: TokenData,
     run: RunRecord,
     summary: Summary,
-    adam: Mapping[str, Any] | None,
+    optimizer_state: Mapping[str, Any] | None,
     dtype: str,
     *,
     averaged: bool = False,
@@ -48,7 +48,7 @@ def publish(
 
     Args:
         weights: of the model, where it does not hold them whole itself.
-        adam: the optimizer's state, where it is to be kept too.
+        optimizer_state: the optimizer's state, where it is to be kept too.
         dtype: of the weights.
         averaged: the weights are the averaged ones (EMA).
 
@@ -58,8 +58,8 @@ def publish(
     final = folder / (FINAL_EMA if averaged else FINAL)
     with whole_folder(final) as partial:
         write_model(partial, model, weights, data, dtype)
-        if adam is not None:
-            torch.save(adam, partial / OPTIMIZER)
+        if optimizer_state is not None:
+            torch.save(optimizer_state, partial / OPTIMIZER)
         of_weights = summary.of_average if averaged else summary
         write_json(partial / LEDGER, ledger(run, of_weights))
         card = model_card(run, summary, dtype, averaged=averaged)
@@ -249,7 +249,7 @@ def _on_the_way(settings: Mapping[str, Any]) -> dict[str, str]:
         growths = [f"{_moment(before)}: {stage['operator']}" for before, stage in pairwise(stages)]
         rows["grown on the way"] = "; ".join(growths)
     if transfer["optimizer"] is not None:
-        rows["Adam's state"] = "the source's, grown with its weights"
+        rows["optimizer's state"] = "the source's, grown with its weights"
     rate = transfer["inherited_rate"]
     if rate != 1.0:
         rows["learning rate of inherited entries"] = f"{rate:g} × that of new ones"

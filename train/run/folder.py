@@ -106,7 +106,7 @@ def unkept(folder: Path, run: RunRecord, settings: Settings) -> str | None:
         UserError: its weights are wanted in the source's dtype, which its record does not tell.
     """
     if settings.train.keep_optimizer and not keeps_optimizer(folder):
-        return "Adam's state (train.keep_optimizer)"
+        return "the optimizer's state (train.keep_optimizer)"
     if settings.train.save_dtype is None:
         return None
     asked = final_dtype(folder, settings, run.start.source_dtype)
@@ -138,7 +138,7 @@ def recast_to(folder: Path, run: RunRecord, settings: Settings) -> str | None:
 
 
 def keeps_optimizer(folder: Path) -> bool:
-    """Check whether a run's `final/` holds Adam's state."""
+    """Check whether a run's `final/` holds the optimizer's state."""
     return (folder / FINAL / "optimizer.pt").is_file()
 
 
@@ -172,8 +172,8 @@ def kept_dtype(folder: Path) -> str | None:
 def _further(folder: Path) -> str:
     return (
         f"to train what it reached further, and not the whole again: growth=source source={folder / FINAL} "
-        "transfer=continued (after train.keep_optimizer=true, which makes a complete run keep Adam's "
-        "state), under a study= of its own"
+        "transfer=continued (after train.keep_optimizer=true, which makes a complete run keep its "
+        "optimizer's state), under a study= of its own"
     )
 
 

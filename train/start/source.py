@@ -19,6 +19,7 @@ from outgrow.growth.learned.lessons import LEARNED
 from outgrow.growth.learned.telling import Telling
 from outgrow.growth.moments import OPTIMIZER as MOMENTS
 from outgrow.growth.operators import options_of
+from outgrow.growth.optimizer import check_kinds, moments_in
 from outgrow.growth.planning import laid_over, mixture_target
 from outgrow.growth.record import read_ledger
 from outgrow.model.base.errors import UserError, names_of
@@ -33,7 +34,7 @@ from outgrow.model.locate import locate
 from outgrow.model.spelling import spell_folder
 from outgrow.train.run.folder import PICTURE
 from outgrow.train.run.record import RunRecord, SourceCost, Start
-from outgrow.train.settings import UNGROWN, Settings
+from outgrow.train.settings import KEPT, UNGROWN, Settings
 from outgrow.train.start.null_control import norm_gain, scale_norms
 from outgrow.train.start.stages import Stage
 
@@ -249,17 +250,36 @@ def _draw(plan: Plan, source: Path, folder: Path) -> None:
 
 
 def saved_optimizer(settings: Settings, source: Path | None) -> Path | None:
-    """The place of the source's Adam state, if it is to be taken over."""
+    """The place of the source's optimizer state, if it is to be taken over."""
     asked = settings.transfer.optimizer
     if asked == "source":
         return source
     return None if asked is None else Path(asked)
 
 
+def check_optimizer(settings: Settings, source: Path | None) -> None:
+    """Refuse a state of the source's optimizer that the run's own cannot go on from, before anything is
+    grown.
+
+    Raises:
+        UserError: another optimizer made it, or it cannot be read.
+    """
+    saved = saved_optimizer(settings, source)
+    if saved is None:
+        return
+    held = moments_in(saved)
+    if not held:  # what is wrong with it is told by who reads it
+        return
+    try:
+        check_kinds(held, KEPT[settings.optimizer.name])
+    except UserError as fault:
+        raise UserError(f"transfer.optimizer {saved}: {fault}") from None
+
+
 def grow_on(
     network: PreTrainedModel,
     weights: dict[str, Tensor] | None,
-    adam: Mapping[str, Any] | None,
+    optimizer_state: Mapping[str, Any] | None,
     stage: Stage,
     settings: Settings,
     start: Path,
@@ -268,7 +288,7 @@ def grow_on(
 
     Args:
         weights: of the network, where it does not hold them whole itself.
-        adam: its optimizer's state, to be grown too by the stage's rule.
+        optimizer_state: its optimizer's state, to be grown too by the stage's rule.
         start: the folder to make.
 
     Raises:
@@ -278,11 +298,11 @@ def grow_on(
     with whole_folder(before) as partial:
         network.save_pretrained(partial, state_dict=weights)
         spell_folder(partial)  # the stage's config may have both spellings, if its source had
-        if adam is not None:
-            torch.save(adam, partial / OPTIMIZER)
+        if optimizer_state is not None:
+            torch.save(optimizer_state, partial / OPTIMIZER)
     growth = stage.growth
     choices: dict[str, Any] = {"operator": growth.operator, "seed": settings.seed, **growth.options}
-    choices |= {"optimizer": None if adam is None else before, "moments": stage.rule}
+    choices |= {"optimizer": None if optimizer_state is None else before, "moments": stage.rule}
     grow(before, start, target=stage.config, overwrite=True, **choices)
     shutil.rmtree(before)
 

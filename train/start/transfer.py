@@ -1,5 +1,5 @@
-"""Transfer from a grown start into training: Adam's moments, and learning rates of single entries and of
-matrices.
+"""Transfer from a grown start into training: the optimizer's moments, and learning rates of single entries
+and of matrices.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from outgrow.growth import load_adam, plan
-from outgrow.growth.adam import fill, read_adam
+from outgrow.growth import load_optimizer, plan
+from outgrow.growth.optimizer import fill, read_optimizer
 from outgrow.growth.origin import Origin, axis_origins, origins
 from outgrow.growth.record import recorded_plan
 from outgrow.model.base.errors import UserError
@@ -223,11 +223,11 @@ def take_over(
     takes_over = saved is not None and stage.growth.operator != "source"
     grows = stage.number > 0 and stage.rule != "reset"
     if grows or (stage.number == 0 and takes_over):
-        load_adam(stage.start(folder), optimizer, network)
+        load_optimizer(stage.start(folder), optimizer, network)
     if saved is None or stage.growth.operator != "source":
         return
     assert source is not None
     same = plan(read_config(source), {})  # of a growth that changes nothing
-    state = read_adam(saved, same)
+    state = read_optimizer(saved, same)
     moments = state.moments.tensors
     fill(optimizer, network, moments, moments.__getitem__, state.step)

@@ -17,9 +17,10 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outgrow.growth.arguments import check_arguments
 from outgrow.growth.engine.tensors import Tensors, expand
 from outgrow.growth.memory import config_of
-from outgrow.growth.moments import OPTIMIZER, POWERS, STATE, Rule, moments_plan
+from outgrow.growth.moments import ADAM, MUON, OPTIMIZER, POWERS, STATE, Rule, moments_plan
 from outgrow.growth.plan import Plan
 from outgrow.model.base.errors import UserError, first_line
 from outgrow.model.base.files import read_object
@@ -28,16 +29,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    _Moments = dict[str, torch.Tensor]  # by parameter
+    _Moments = dict[str, torch.Tensor]  # by name
 
 FILES = ("optimizer.bin", "optimizer.pt")  # as Accelerate calls it; as Transformers and our own trainer do
 
-# what is kept for one parameter
-ADAM, MUON = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
-
 
 @dataclass(frozen=True, eq=False)
-class AdamState:
+class OptimizerState:
     """An optimizer's state by stored tensor name.
 
     Attributes:
@@ -50,7 +48,7 @@ class AdamState:
     step: int
 
 
-def adam_state(state: Mapping[str, Any], plan: Plan) -> AdamState:
+def state_of_source(state: Mapping[str, Any], plan: Plan) -> OptimizerState:
     """A state dict as `torch.optim.Adam`, `AdamW` and `Muon` make it for the source's model, under the names
     of its file's tensors.
 
@@ -70,35 +68,28 @@ def adam_state(state: Mapping[str, Any], plan: Plan) -> AdamState:
             "gives them"
         )
     _check_groups(groups)
+    numbering = _numbering(groups, shapes)
+    # a parameter that never had a gradient has no entry
+    entries = {number: per_parameter[number] for number in numbering if number in per_parameter}
+    if not entries:
+        raise UserError("optimizer state: empty; was it saved before the first step?")
     named: dict[str, _Moments] = defaultdict(dict)
-    steps = [0]
-    for number, name in _numbering(groups, shapes).items():
-        entry = per_parameter.get(number)
-        if entry is None:  # a parameter that never had a gradient
-            continue
-        kept = _kept(entry)
+    for number, entry in entries.items():
+        name = numbering[number]
+        is_muons = isinstance(entry, Mapping) and "momentum_buffer" in entry
+        kept = MUON if is_muons else ADAM
         _check_entry(entry, kept, number, name, shapes[name])
-        steps.append(_steps(entry, number))
         for moment in kept:
             named[moment][name] = entry[moment]
-    if not named:
-        raise UserError("optimizer state: empty; was it saved before the first step?")
     _complete(named, shapes)
-    stored: dict[str, _Moments] = {}
-    for moment, tensors in named.items():
-        stored[moment] = in_file(plan.source_config, tensors)
+    stored = {moment: in_file(plan.source_config, tensors) for moment, tensors in named.items()}
     tensors_of_file = plan.growth.source_family.tensors(plan.source_config)
     _complete(stored, {tensor.name: tensor.shape for tensor in tensors_of_file})
-    moments: dict[str, torch.Tensor] = {}
+    moments: _Moments = {}
     for moment, tensors in stored.items():
         moments |= {f"{moment}.{name}": tensor for name, tensor in tensors.items()}
-    return AdamState(Tensors(moments), max(steps))
-
-
-def _kept(entry: Any) -> tuple[str, ...]:
-    """The moments that a parameter's state has, by its keys."""
-    is_muons = isinstance(entry, Mapping) and MUON[0] in entry
-    return MUON if is_muons else ADAM
+    steps = [_steps(entry, number) for number, entry in entries.items()]
+    return OptimizerState(Tensors(moments), max(steps))
 
 
 def _check_groups(groups: Sequence[Any]) -> None:
@@ -225,14 +216,14 @@ def _plain(name: str) -> str:
     return name
 
 
-def read_adam(path: Path | str, plan: Plan) -> AdamState:
+def read_optimizer(path: Path | str, plan: Plan) -> OptimizerState:
     """The state of the source's optimizer from a file, or from a folder that holds one (`optimizer.bin`,
     `optimizer.pt`).
 
     Raises:
         UserError: there is no such file, or it is no state of Adam's or Muon's for the source's model.
     """
-    return adam_state(read_state(path), plan)
+    return state_of_source(read_state(path), plan)
 
 
 def read_state(path: Path | str) -> Mapping[str, Any]:
@@ -269,40 +260,62 @@ def read_state(path: Path | str) -> Mapping[str, Any]:
     return state
 
 
+def moments_in(path: Path | str) -> list[str]:
+    """The kinds of moments in such a file or folder, none where it is no optimizer's state."""
+    per_parameter = read_state(path).get("state")
+    if not isinstance(per_parameter, Mapping):
+        return []
+    entries = [entry for entry in per_parameter.values() if isinstance(entry, Mapping)]
+    return _kinds(chain.from_iterable(entries))
+
+
 def named_state(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> dict[str, Any]:
     """The optimizer's state dict, with the parameters' names beside their numbers, as PyTorch saves them of
     named parameters.
+
+    Raises:
+        UserError: it has parameters that are not the model's.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state = optimizer.state_dict()
     groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
     for saved, group in groups:
-        identities = map(id, group["params"])
+        identities = [id(parameter) for parameter in group["params"]]
+        strangers = [identity for identity in identities if identity not in names]
+        if strangers:
+            raise UserError(
+                f"optimizer: has {len(strangers)} parameters that the model has not; give the optimizer "
+                "that trained this very model"
+            )
         saved["param_names"] = [names[identity] for identity in identities]
     return state
 
 
-def grow_adam(
+def grow_optimizer(
     source: torch.optim.Optimizer,
     source_model: PreTrainedModel,
     target: torch.optim.Optimizer,
     target_model: Any,
     plan: Plan,
-    rule: Rule = "own",
+    moments: Rule = "own",
 ) -> None:
     """Fill the optimizer of a grown model, in memory, from the source's.
 
     Args:
         plan: the growth of `source_model` into `target_model`, as `grow_model` followed it.
-        rule: how it grows (`growth.moments`).
+        moments: how it grows (`growth.moments`).
+
+    Raises:
+        UserError: one is not its model's, or both are not optimizers of one kind.
     """
-    state = adam_state(named_state(source, source_model), plan)
-    growth = moments_plan(plan, state.moments.dtypes, rule)
+    check_arguments(moments=moments)
+    state = state_of_source(named_state(source, source_model), plan)
+    growth = moments_plan(plan, state.moments.dtypes, moments)
     grown = dict(expand(growth, state.moments))
     fill(target, target_model, grown, grown.__getitem__, state.step)
 
 
-def load_adam(folder: Path | str, target: torch.optim.Optimizer, target_model: PreTrainedModel) -> None:
+def load_optimizer(folder: Path | str, target: torch.optim.Optimizer, target_model: PreTrainedModel) -> None:
     """Fill the optimizer of a grown model from what `grow(…, optimizer=…)` wrote beside the weights in
     `folder`.
 
@@ -407,7 +420,7 @@ def check_kinds(held: Iterable[str], kept: Iterable[str]) -> None:
 
 def _kinds(moments: Iterable[str]) -> list[str]:
     """The kinds among some moments' names."""
-    prefixes = {name.partition(".")[0] for name in moments}
+    prefixes = {str(name).partition(".")[0] for name in moments}
     return [key for key in POWERS if key in prefixes]
 
 
