@@ -65,6 +65,25 @@ def test_a_horizon_is_the_run_that_its_budget_alone_gives(
 
 
 @pytest.mark.slow
+def test_muons_state_grows_in_the_trunk_that_a_horizon_takes_over(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    own = [o for o in overrides if not o.startswith(("target", "growth", "train.eval_every"))]
+    stages = "growth.stages=[{until_tokens:256,layers:0.5},{until:1.0,depth:stack,noise:0.0,moments:copied}]"
+    asked = [
+        f"schedule.horizons={list(HORIZONS[:2])}",
+        "schedule.warmup_tokens=192",
+        DEEPER,
+        "optimizer=muon",
+    ]
+    settings = compose([*own, *asked, "growth=g_stack", stages])
+    folders = train_horizons(placed(settings, tmp_path / "trunk"))
+    assert "trunk" in json.loads((folders[1] / "run.json").read_text())
+    alone = horizon_runs(placed(settings, tmp_path))[1]
+    assert_same_run(folders[1], loop.train(alone))
+
+
+@pytest.mark.slow
 def test_each_goes_on_from_the_longest_trunk_before_it_and_pays_for_it(horizons: list[Path]) -> None:
     records = [json.loads((folder / "run.json").read_text()) for folder in horizons]
     assert "trunk" not in records[0]

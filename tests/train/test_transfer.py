@@ -561,7 +561,7 @@ def test_a_run_grows_on_its_way_in_one_folder_on_one_clock(staged: Settings) -> 
     assert grown[1]["val_loss"] == pytest.approx(losses[4], abs=1e-5), "an identity growth keeps the loss"
     assert grown[0]["val_loss"] != pytest.approx(losses[2], abs=1e-5), "a stacked one does not"
     assert sorted(path.name for path in (folder / "stages").iterdir()) == ["1", "2"]
-    growths = "at 34% of the budget: lossless; at 67% of the budget: lossless"
+    growths = "at 34% of the budget: lossless; at 67% of the budget: lossless, moments grown"
     assert f"| grown on the way | {growths} |" in (folder / "final" / "README.md").read_text()
 
 
@@ -725,6 +725,8 @@ def test_several_processes_give_the_losses_of_one(
     runs = {name: grown(overrides, source, tmp_path / name, *way) for name, way in ways.items()} | {
         "staged": staged
     }
+    deep = [text.replace("num_hidden_layers:1", "num_hidden_layers:4") for text in overrides]
+    runs["muon"] = compose([*deep, "growth=g_stack", STAGES, "optimizer=muon", f"out={tmp_path / 'muon'}"])
     spread = [dataclasses.replace(run, out=str(tmp_path / f"{name}-2")) for name, run in runs.items()]
     ended(*spread, processes=2)
     for name, run in runs.items():

@@ -232,7 +232,15 @@ def _active(run: RunRecord) -> str:
     return f", {run.active:,} active for each token" if run.active < run.parameters else ""
 
 
-def _moment(stage: Mapping[str, Any]) -> str:
+def _growth(stage: Mapping[str, Any]) -> str:
+    """The growth that a stage begins with, and what became of the optimizer's state, unless that began
+    anew."""
+    told: dict[Any, str] = {"copied": ", moments copied", "kept": ", moments kept", True: ", moments grown"}
+    moments = told.get(stage.get("moments"), "")
+    return f"{stage['operator']}{moments}"
+
+
+def _end(stage: Mapping[str, Any]) -> str:
     """The end of a stage, in words."""
     tokens = stage.get("until_tokens")
     if tokens is None:
@@ -246,7 +254,7 @@ def _on_the_way(settings: Mapping[str, Any]) -> dict[str, str]:
     stages = settings["growth"]["stages"]
     rows = {}
     if len(stages) > 1:
-        growths = [f"{_moment(before)}: {stage['operator']}" for before, stage in pairwise(stages)]
+        growths = [f"{_end(before)}: {_growth(stage)}" for before, stage in pairwise(stages)]
         rows["grown on the way"] = "; ".join(growths)
     if transfer["optimizer"] is not None:
         rows["optimizer's state"] = "the source's, grown with its weights"
