@@ -206,18 +206,22 @@ def _horizons(options: argparse.Namespace) -> int:
     from outgrow.experiments.horizon_report import TABLE, write
     from outgrow.experiments.placing import placed
     from outgrow.experiments.prediction import RECORD as PREDICTION
-    from outgrow.experiments.prediction import write_measured
+    from outgrow.experiments.prediction import read_prediction, write_measured
+    from outgrow.experiments.study import page_of
     from outgrow.experiments.table import insert_table
 
     with placed(options.out, Path("runs/horizons"), options.runs) as out:
+        readme = page_of(out)
+        is_predicted = (out / PREDICTION).is_file()
+        if is_predicted:
+            read_prediction(out / PREDICTION)
         for line in write(options.runs, out, wandb=options.wandb):
             print(line)
-    if (out / PREDICTION).is_file():
-        print(write_measured(out))
-    readme = out / "README.md"
-    if readme.is_file():  # a study's folder, whose page shows the table
-        table = (out / TABLE).read_text(encoding="utf-8")
-        insert_table(readme, table)
+        if is_predicted:
+            print(write_measured(out))
+        if readme is not None:
+            table = (out / TABLE).read_text(encoding="utf-8")
+            insert_table(readme, table)
     return 0
 
 
@@ -245,10 +249,12 @@ def _family(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    from outgrow.experiments.placing import placed
     from outgrow.experiments.prediction import write
 
-    for line in write(options.runs, options.horizons, options.optimizer, options.out):
-        print(line)
+    with placed(options.out, options.out, options.runs) as out:
+        for line in write(options.runs, options.horizons, options.optimizer, out):
+            print(line)
     return 0
 
 

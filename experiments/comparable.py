@@ -105,8 +105,9 @@ def check_ends_comparable(runs: Sequence[Run]) -> None:
 def _end(run: Run) -> tuple[Any, ...]:
     """What the runs share whose ends are averaged over their seeds."""
     record = run.record
-    settings = [record.setting(path) for path in ("optimizer.name", "train.batch_tokens")]
-    return *run.point, *settings, record.parameters, run.summary.tokens
+    optimizer = str(record.setting("optimizer.name"))
+    batch = str(record.setting("train.batch_tokens"))
+    return *run.point, optimizer, batch, record.parameters, run.summary.tokens
 
 
 def differences(runs: Sequence[Run], stated: Sequence[tuple[str, str]] = ()) -> list[str]:

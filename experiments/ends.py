@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from outgrow.experiments.grown_run import Growth, read_growth
 from outgrow.experiments.run_start import RunStart, read_start
-from outgrow.experiments.runs import RUN_AGAIN, SCRATCH, Run
+from outgrow.experiments.runs import RUN_AGAIN, SCRATCH, Run, listed
 from outgrow.model.base.errors import UserError
 from outgrow.train.machine.regime import multiplied
 from outgrow.train.run.folder import METRICS
+from outgrow.train.run.record import read_known
 
 RECORD = "ends.json"  # the small record of a study's runs: what every table and picture is made of
 OPTIONAL = ("growth", "active", "start")  # left out of the record where an end has none
+POSITIVE = ("learning_rate", "batch_tokens", "parameters", "tokens", "flops", "val_loss", "eval_tokens")
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,12 @@ def end_of(run: Run) -> End:
     """The end of a complete run.
 
     Raises:
-        UserError: it has not decayed, or its source's cost is unknown.
+        UserError: it has not decayed, its source's cost is unknown, or its record lacks a number.
     """
     record = run.record
-    schedule = record.settings["schedule"]
-    is_wsd = schedule["name"] == "wsd"
-    decays = is_wsd and schedule.get("decay_fraction")
-    if not decays or schedule["floor"] != 0.0:
+    is_wsd = record.setting("schedule.name") == "wsd"
+    decays = is_wsd and record.setting("schedule.decay_fraction")
+    if not decays or record.setting("schedule.floor") != 0.0:
         raise UserError(
             f"{run.folder}: its learning rate does not decay to zero, so its end is no end of a horizon "
             "(schedule=wsd)",
@@ -90,14 +91,14 @@ def end_of(run: Run) -> End:
         arm=run.arm,
         optimizer=str(record.setting("optimizer.name")),
         learning_rate=run.learning_rate,
-        batch_tokens=int(record.setting("train.batch_tokens")),
+        batch_tokens=int(run.number("train.batch_tokens")),
         seed=run.seed,
         parameters=multiplied(config, record.parameters),
         tokens=summary.tokens,
         flops=summary.flops + run.operator_flops,
         source_flops=run.source_flops,
         val_loss=summary.final_val_loss,
-        eval_tokens=int(record.setting("train.eval_tokens")),
+        eval_tokens=int(run.number("train.eval_tokens")),
         device=str(record.device),
         data=record.data.fingerprint,
         growth=read_growth(run.folder / METRICS, RUN_AGAIN),
@@ -241,27 +242,36 @@ def _row(end: End) -> dict[str, Any]:
     return row
 
 
+def _impossible(end: End) -> list[str]:
+    """List the numbers that no run ends with."""
+    wrong = [key for key in POSITIVE if getattr(end, key) <= 0]
+    faults = [f"{key} {getattr(end, key):g}, expected more than 0" for key in wrong]
+    if end.source_flops < 0:
+        faults.append(f"source_flops {end.source_flops:g}, expected 0 or more")
+    return faults
+
+
 def read_ends(path: Path) -> list[End]:
     """The ends that `write_ends` wrote.
 
     Raises:
         UserError: the file is something else.
     """
+    faults: list[str] = []
+    rows: list[Any] = []
     try:
-        text = path.read_text(encoding="utf-8")
-        rows = json.loads(text)
-        return [_end(row) for row in rows]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        faults.append(str(error))
+    if not isinstance(rows, list):
+        faults.append(f"expected a list, found {type(rows).__name__}")
+        rows = []
+    ends = [read_known(End, row, f"[{number}].", faults) for number, row in enumerate(rows)]
+    known = [end for end in ends if end is not None]
+    for end in known:
+        faults += [f"{end.name}: {fault}" for fault in _impossible(end)]
+    if faults:
         raise UserError(
-            f"{path}: not a record of runs ({error}); expected what `outgrow horizons` writes",
-        ) from error
-
-
-def _end(row: Mapping[str, Any]) -> End:
-    names = [field.name for field in fields(End) if field.name not in OPTIONAL]
-    values = {name: row[name] for name in names}
-    grown = row.get("growth")
-    growth = None if grown is None else Growth(**grown)
-    started = row.get("start")
-    start = None if started is None else RunStart(**started)
-    return End(**values, growth=growth, active=row.get("active"), start=start)
+            f"{path}: not a record of runs ({listed(faults, 3)}); expected what `outgrow horizons` writes"
+        )
+    return known

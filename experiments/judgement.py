@@ -163,7 +163,7 @@ def evaluation(run: Run, data: TokenData) -> Evaluation:
     from outgrow.train.loss import NextTokenLoss
 
     logging.disable_progress_bar()
-    context = int(run.record.setting("train.context"))
+    context = int(run.number("train.context"))
     split = data.validation
     tokens = _eval_tokens(run)
     windows = list(validation_batches(split, context=context, tokens=tokens))
@@ -173,4 +173,4 @@ def evaluation(run: Run, data: TokenData) -> Evaluation:
 
 
 def _eval_tokens(run: Run) -> int:
-    return int(run.record.setting("train.eval_tokens"))
+    return int(run.number("train.eval_tokens"))

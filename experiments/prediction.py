@@ -19,18 +19,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from outgrow.experiments.ends import RECORD as ENDS
 from outgrow.experiments.ends import End, check_alike, read_ends
 from outgrow.experiments.horizon_report import markdown_table, millions, read_inputs
 from outgrow.experiments.horizons import Point, Worth, best_points, worths
 from outgrow.experiments.recovery import EPSILON, MixingTime, recoveries
-from outgrow.experiments.runs import SCRATCH
+from outgrow.experiments.runs import SCRATCH, listed
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import read_object, write_text
+from outgrow.train.run.record import read_known
 
 RECORD, PAGE = "prediction.json", "prediction.md"
+WAY_OUT = "write it with `outgrow predict`, or move it away"
+Bound = Literal["", "≤", "≥"]
 HEADINGS = ("horizon", "bound", "grow after", "τ", "S")
 MEASURED = ("horizon", "arm", "τ predicted", "τ measured", "S predicted", "S measured")
 
@@ -55,7 +58,7 @@ class Prediction:
 
     optimizer: str
     mixing_tokens: float
-    bound: str
+    bound: Bound
     relative_cost: float  # r
     arms: tuple[str, ...]  # that t_mix was measured on
     rows: tuple[Row, ...]
@@ -67,16 +70,19 @@ def predict(ends: Sequence[End], horizons: Sequence[int], optimizer: str) -> Pre
     """The prediction for `horizons`, from the ends of one optimizer.
 
     Raises:
-        UserError: the ends cannot be compared, fewer than two growths of known t_mix, no control of the same
-            optimizer, or a horizon that a grown arm has been measured at.
+        UserError: a horizon is no number of tokens, the ends cannot be compared, fewer than two growths of
+            known t_mix, no control of the same optimizer, or a horizon that a grown arm has been measured at.
     """
+    if min(horizons) <= 0:
+        raise UserError(f"--horizons {min(horizons)}: expected tokens, more than 0")
     check_alike(ends)
     points = [point for point in best_points(ends) if point.optimizer == optimizer]
     mixing, arms = _mixing(points, optimizer)
     _check_unmeasured(points, horizons)
     cost = relative_cost(points, optimizer)
     rows = tuple(_row(tokens, mixing.tokens, cost) for tokens in sorted(horizons))
-    bound = {"": "", ">": "≤", "≤": "≥"}[mixing.bound]
+    bounds: dict[str, Bound] = {"": "", ">": "≤", "≤": "≥"}
+    bound = bounds[mixing.bound]
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return Prediction(optimizer, mixing.tokens, bound, cost, arms, rows, date, _commit())
 
@@ -153,7 +159,6 @@ def write(inputs: Sequence[str], horizons: Sequence[int], optimizer: str, out: P
         raise UserError(f"{record}: a prediction is written once; choose another --out for a new one")
     _, ends, left_out = read_inputs(inputs)
     prediction = predict(ends, horizons, optimizer)
-    out.mkdir(parents=True, exist_ok=True)
     write_text(out / PAGE, markdown(prediction))
     text = json.dumps(asdict(prediction), indent=1, ensure_ascii=False)
     write_text(record, f"{text}\n")
@@ -188,15 +193,16 @@ def read_prediction(path: Path) -> Prediction:
     Raises:
         UserError: the file is something else.
     """
-    values: dict[str, Any] = read_object(path, "write it with `outgrow predict`")
-    try:
-        rows = tuple(Row(**row) for row in values.pop("rows"))
-        arms = tuple(values.pop("arms"))
-        return Prediction(**values, arms=arms, rows=rows)
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: no prediction ({error}); write it with `outgrow predict`",
-        ) from error
+    faults: list[str] = []
+    values = read_object(path, WAY_OUT)
+    prediction = read_known(Prediction, values, "", faults)
+    if prediction is not None:
+        faults += [
+            f"rows: {row.tokens} tokens, expected more than 0" for row in prediction.rows if row.tokens <= 0
+        ]
+    if prediction is None or faults:
+        raise UserError(f"{path}: no prediction ({listed(faults, 3)}); {WAY_OUT}")
+    return prediction
 
 
 def measured_beside(prediction: Prediction, rows: Sequence[Worth]) -> str | None:

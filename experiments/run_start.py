@@ -54,13 +54,12 @@ class RunStart:
 def read_start(run: Run) -> RunStart:
     """The start of a complete run."""
     start = run.record.start
-    kl = None if start.receipt is None else start.receipt.get("kl")
     return RunStart(
         operator=start.operator,
         val_loss=run.summary.start_val_loss,
         lossless=start.lossless,
         max_delta=start.max_delta,
-        kl=kl,
+        kl=start.measured("kl"),
         passes=_passes(run.record, run.summary.tokens),
         source_data=_source_data(start.source),
     )

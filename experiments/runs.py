@@ -78,6 +78,14 @@ class Run:
         """FLOPs of the source before this run began: 0 without a source, None where nobody counted them."""
         return 0.0 if self.source is None else self.source.flops
 
+    def number(self, path: str) -> float:
+        """The number at a dotted `path` of its settings.
+
+        Raises:
+            UserError: there is none.
+        """
+        return _number(self.folder, self.record, path)
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -210,7 +218,7 @@ def read_run(folder: Path) -> Run | LeftOut:
         study=record.study,
         arm=record.arm,
         seed=record.seed,
-        learning_rate=_learning_rate(folder, record),
+        learning_rate=_number(folder, record, "optimizer.learning_rate"),
         curve=curve,
         record=record,
         summary=summary,
@@ -219,14 +227,12 @@ def read_run(folder: Path) -> Run | LeftOut:
     return run
 
 
-def _learning_rate(folder: Path, record: RunRecord) -> float:
-    """The peak learning rate among the settings of a record."""
-    rate = record.setting("optimizer.learning_rate")
-    if not is_number(rate):
-        raise UserError(
-            f"{folder}: settings.optimizer.learning_rate is {rate!r}; expected what `outgrow train` writes",
-        )
-    return float(rate)
+def _number(folder: Path, record: RunRecord, path: str) -> float:
+    """The number at a dotted `path` of the settings of a record."""
+    value = record.setting(path)
+    if not is_number(value):
+        raise UserError(f"{folder}: settings.{path} is {value!r}; expected what `outgrow train` writes")
+    return float(value)
 
 
 def check_run(run: Run) -> None:

@@ -80,6 +80,7 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
     study = load_study(name)
     extent = study.full if full else study.demo
     out = results_folder(name, full)
+    readme = page_of(out) if full else None
     logs = Path("runs") / f"logs-{name}"
     at_once = processes(jobs_at_once)
     display = Display()
@@ -93,19 +94,33 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
     if missing:
         prepare_text(missing, display)
         run_jobs(missing, at_once, logs, display)
-    readme = out / "README.md"
     folders: list[Path] = []
     for job in todo:
         folders += job.folders
     return Done(
         tuple(folders),
         out,
-        readme if full and readme.is_file() else None,
+        readme,
         horizons=any(job.settings.schedule.horizons for job in todo),
         family=study.family,
         costs=not texts or comparable_costs(study, todo),
         texts=texts,
     )
+
+
+def page_of(out: Path) -> Path | None:
+    """The README that shows a study's table; None where there is none.
+
+    Raises:
+        UserError: it has no place for a table.
+    """
+    from outgrow.experiments.table import check_markers
+
+    readme = out / "README.md"
+    if not readme.is_file():
+        return None
+    check_markers(readme)
+    return readme
 
 
 def ready_sources(study: Study, at_once: int, logs: Path, display: Display) -> list[Job]:

@@ -17,6 +17,7 @@ from outgrow.experiments.compare import METHOD, UNLIKE, Comparison, Row, answer
 from outgrow.experiments.cost import saving
 from outgrow.experiments.runs import SCRATCH, Run
 from outgrow.model.base.errors import UserError
+from outgrow.model.base.files import write_text
 
 HEADER = (
     "arm",
@@ -284,7 +285,15 @@ def insert_table(readme: Path, table: str) -> None:
     """
     before, _, after = _block(readme)
     block = f"{BEGIN}\n{table.strip()}\n{END}"
-    readme.write_text(f"{before}{block}{after}", encoding="utf-8")
+    write_text(readme, f"{before}{block}{after}")
+
+
+def check_markers(readme: Path) -> None:
+    """Refuse a page that has no place for a table, before there is one.
+
+    Raises UserError when the markers are not there once.
+    """
+    _block(readme)
 
 
 def check_table(readme: Path, table: str) -> None:
@@ -305,12 +314,16 @@ def _block(readme: Path) -> tuple[str, str, str]:
     Raises:
         UserError: they are not there once each, in this order.
     """
-    text = readme.read_text(encoding="utf-8")
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{readme}: cannot be read ({error}); the table goes there") from None
     counts = text.count(BEGIN), text.count(END)
     in_order = text.find(BEGIN) < text.find(END)
     if counts != (1, 1) or not in_order:
         raise UserError(
-            f"{readme}: expected one line {BEGIN!r} and, below it, one line {END!r} around the table",
+            f"{readme}: expected one line {BEGIN!r} and, below it, one line {END!r} around the table; add "
+            "them, or choose a folder without a page",
         )
     before, rest = text.split(BEGIN)
     block, after = rest.split(END)

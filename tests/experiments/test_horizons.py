@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
+import json
 import math
 import re
 import types
@@ -20,7 +21,7 @@ from matplotlib.text import Text
 
 from helpers.runs import fabricate
 from outgrow.experiments.__main__ import main
-from outgrow.experiments.ends import RECORD, End, read_ends, write_ends
+from outgrow.experiments.ends import OPTIONAL, RECORD, End, read_ends, write_ends
 from outgrow.experiments.figure import INK
 from outgrow.experiments.grown_run import Growth
 from outgrow.experiments.horizon_answer import answer
@@ -154,9 +155,37 @@ def test_what_cannot_be_compared_is_refused(ends: list[End], fault: str) -> None
 def test_the_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_ends(tmp_path / "ends.json", SCRATCH_ENDS)
     assert read_ends(tmp_path / "ends.json") == SCRATCH_ENDS
-    (tmp_path / "ends.json").write_text("[{}]")
-    with pytest.raises(UserError, match="not a record of runs"):
+
+
+@pytest.mark.parametrize("text", ["", "[{}]", "[7]", "{}", "7", "[" * 100_000])
+def test_what_is_no_record_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "ends.json").write_text(text)
+    with pytest.raises(UserError, match=r"ends\.json: not a record of runs \("):
         read_ends(tmp_path / "ends.json")
+
+
+@pytest.mark.parametrize("value", [[], "x", None, 0, -1.5])
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(End)])
+def test_an_entry_of_the_record_that_cannot_be_is_told(tmp_path: Path, key: str, value: object) -> None:
+    path = tmp_path / "ends.json"
+    write_ends(path, SCRATCH_ENDS)
+    rows = json.loads(path.read_text())
+    rows[1][key] = value
+    path.write_text(json.dumps(rows))
+    allowed = dict.fromkeys(("name", "arm", "optimizer", "device", "data"), "x")
+    allowed |= dict.fromkeys(("seed", "active", "source_flops"), 0)
+    if (value is None and key in OPTIONAL) or (value is not None and value == allowed.get(key)):
+        assert len(read_ends(path)) == len(rows)
+        return
+    with pytest.raises(UserError, match=rf"not a record of runs \((\[1\]\.|.*: ){key}\b"):
+        read_ends(path)
+
+
+@pytest.mark.parametrize("key", ["schedule", "schedule.name", "schedule.floor", "train.batch_tokens"])
+def test_a_setting_that_a_record_lacks_is_told(tmp_path: Path, key: str) -> None:
+    run = decayed(tmp_path, "run", [200], **{f"settings.{key}": None})
+    with pytest.raises(UserError, match=r"run: (settings\.train\.batch_tokens is None|its learning rate)"):
+        read_inputs([str(run)])
 
 
 def test_tokens_count_per_parameter_that_a_token_meets(tmp_path: Path) -> None:
@@ -543,9 +572,9 @@ def decayed(
     """The folder of a scratch run whose rate decays to zero."""
     own = {"name": "wsd", "decay_fraction": 0.2, "floor": 0.0, "horizons": horizons, **(schedule or {})}
     changes: dict[str, Any] = {"settings.schedule": own, "settings.optimizer.name": "adamw"}
-    changes |= {"settings.train.batch_tokens": 50, "folder": folder}
+    changes |= {"settings.train.batch_tokens": 50, "folder": folder, "parameters": 5_000_000}
     losses = more.pop("losses", [5.0, 4.0, 3.0])
-    return fabricate(tmp, "scratch", losses, **changes, **more)
+    return fabricate(tmp, "scratch", losses, **(changes | more))
 
 
 def test_runs_without_horizons_that_the_same_wildcard_gathers_are_left_out(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from outgrow.experiments.__main__ import main
 from outgrow.experiments.ends import End, write_ends
 from outgrow.experiments.grown_run import Growth
-from outgrow.experiments.prediction import RECORD, predict, read_prediction
+from outgrow.experiments.prediction import PAGE, RECORD, predict, read_prediction
 from outgrow.model.base.errors import UserError
 
 M = 1_000_000
@@ -82,6 +82,7 @@ def test_what_has_not_caught_up_bounds_the_prediction() -> None:
         ),
         ([*SCRATCH, SMALL, *MEASURED], 20, "ends at 20000000 tokens already: a prediction is written before"),
         ([*SCRATCH, *MEASURED], 40, "no control"),
+        ([*SCRATCH, SMALL, *MEASURED], 0, "--horizons 0: expected tokens, more than 0"),
     ],
 )
 def test_what_gives_no_prediction_is_refused(ends: list[End], horizon: int, fault: str) -> None:
@@ -104,6 +105,16 @@ def test_it_is_written_once_and_the_horizons_report_sets_the_measurement_beside_
 
     assert main(asked) == 2
     assert "a prediction is written once" in capsys.readouterr().err
+
+    kept = (tmp_path / "out" / RECORD).read_text()
+    for key in json.loads(kept):
+        (tmp_path / "out" / RECORD).write_text(json.dumps(json.loads(kept) | {key: {}}))
+        assert main(["horizons", early, "--out", out]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {tmp_path}/out/{RECORD}: no prediction ({key}")
+        assert said.count("\n") == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {RECORD, PAGE}
+    (tmp_path / "out" / RECORD).write_text(kept)
 
     write_ends(Path(late), [*SCRATCH, SMALL, *MEASURED, grown(32 * M, 40 * M, 8 * M)])
     assert main(["horizons", late, "--out", out]) == 0

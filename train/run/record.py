@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import plain_json, read_object
 from outgrow.model.base.settings import read
-from outgrow.model.keys import only, without
+from outgrow.model.keys import is_number, only, without
 from outgrow.train.settings import Settings, settings_hash
 from outgrow.train.start.naming import arm_changes
 
@@ -89,7 +89,12 @@ class Start:
     @property
     def max_delta(self) -> float | None:
         """max |Δlogit| of the receipt; None where nothing was measured."""
-        return None if self.receipt is None else float(self.receipt["max_delta"])
+        return self.measured("max_delta")
+
+    def measured(self, key: str) -> float | None:
+        """A number of the receipt; None where it has none."""
+        value = None if self.receipt is None else self.receipt.get(key)
+        return float(value) if is_number(value) else None
 
 
 @dataclass(frozen=True)
@@ -352,10 +357,17 @@ def _read(cls: type[T], path: Path, way_out: str) -> T:
     entries = without(record, (SIGNATURE,))
     if record.get(SIGNATURE, digest_of(entries)) != digest_of(entries):  # older records have none
         raise UserError(f"{path}: it was edited or damaged after it was written; {way_out}")
-    value = read(cls, _known(cls, entries), "", faults)
+    value = read_known(cls, entries, "", faults)
     if value is None:
         raise UserError(f"{path}: {'; '.join(faults)}; {way_out}")
     return value
+
+
+def read_known(cls: type[T], entries: Any, path: str, faults: list[str]) -> T | None:
+    """`entries` as the dataclass `cls`, without those that it has no field for; None, and at least one more
+    entry in `faults`, where they do not fit. `path` is the prefix for messages.
+    """
+    return read(cls, _known(cls, entries), path, faults)
 
 
 def _known(hint: Any, value: Any) -> Any:
