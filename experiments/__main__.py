@@ -263,6 +263,7 @@ def _study(options: argparse.Namespace) -> int:
         for name in studies():
             print(f"{name}: {load_study(name).question}")
         return 0
+    from outgrow.experiments.placing import placed
     from outgrow.experiments.study import RunFailed, run_study
     from outgrow.experiments.table import insert_table
 
@@ -271,9 +272,10 @@ def _study(options: argparse.Namespace) -> int:
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    table = compare_arms(done, wandb=options.wandb)
-    if done.readme is not None:
-        insert_table(done.readme, table)
+    with placed(done.out, done.out, []):
+        table = compare_arms(done, wandb=options.wandb)
+        if done.readme is not None:
+            insert_table(done.readme, table)
     return 0
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from outgrow.experiments.compare import METHOD, UNLIKE, Comparison, answer
 from outgrow.experiments.figure import draw
 from outgrow.experiments.report import html
+from outgrow.experiments.study_file import DEFINITION
 from outgrow.experiments.table import (
     CHANGE_HEADER,
     CHANGES,
@@ -25,6 +26,7 @@ from outgrow.experiments.table import (
     write_csv,
     write_json,
 )
+from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import telling_disk_faults
 from outgrow.train.run import weights_and_biases
 from outgrow.train.run.weights_and_biases import LONGEST_NAME
@@ -61,19 +63,40 @@ def write_together(out: Path, writers: Mapping[str, Writer]) -> list[Path]:
     order of `writers`. Returns their paths.
 
     Raises:
-        UserError: the disk is full, or `out` cannot be written.
+        UserError: the disk is full, or `out` cannot be written or holds another's file of such a name.
     """
+    check_free(out, writers)
     partial = out / ".partial"
     with telling_disk_faults(out):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for name, writer in writers.items():
-            writer(partial / name)
-        paths = [out / name for name in writers]
-        for path in paths:
-            (partial / path.name).replace(path)
-        partial.rmdir()
+        try:
+            for name, writer in writers.items():
+                writer(partial / name)
+            paths = [out / name for name in writers]
+            for path in paths:
+                (partial / path.name).replace(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return paths
+
+
+def check_free(out: Path, names: Iterable[str]) -> None:
+    """Refuse a folder in which files of these names are another's: an earlier result has its record there,
+    and a study its definition.
+
+    Raises:
+        UserError: naming each of them.
+    """
+    there = [name for name in names if os.path.lexists(out / name)]
+    records = [name for name in there if name.endswith(".json")]
+    is_ours = bool(records) or (out / DEFINITION).is_file()
+    others = [name for name in there if not is_ours or not (out / name).is_file()]
+    if others:
+        raise UserError(
+            f"{out}: {', '.join(others)} would be written over, and no earlier result of this kind is there; "
+            "move it away, or choose another folder"
+        )
 
 
 def show(comparison: Comparison, console: Console) -> None:

@@ -111,7 +111,7 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[LeftOut]]:
     runs = []
     left_out = []
     faults = []
-    for folder in dict.fromkeys(Path(name).resolve() for name in folders):
+    for folder in dict.fromkeys(map(_resolved, folders)):
         try:
             run = read_run(folder)
         except UserError as error:
@@ -130,6 +130,20 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[LeftOut]]:
             "resumes",
         )
     return _told_apart(runs), left_out
+
+
+def _resolved(name: str | Path) -> Path:
+    """The folder that a path leads to.
+
+    Raises:
+        UserError: it is no path that can be followed.
+    """
+    try:
+        folder = Path(name).resolve()
+        folder.exists()
+    except (OSError, RuntimeError) as error:  # too long a name, links in a circle, no permission
+        raise UserError(f"{name}: cannot be read ({error}); give a run's folder") from None
+    return folder
 
 
 def _told_apart(runs: Sequence[Run]) -> list[Run]:
@@ -271,7 +285,8 @@ def _read_curve(path: Path) -> Curve:
     evaluations = read_evaluations(path, RUN_AGAIN)
     if len(evaluations) < 2:
         raise UserError(
-            f"{path}: {len(evaluations)} evaluations; a curve needs one at step 0 and one at the end",
+            f"{path}: {len(evaluations)} evaluations; a curve needs one at step 0 and one at the end; "
+            f"{RUN_AGAIN}",
         )
     tokens = tuple(evaluation.tokens for evaluation in evaluations)
     flops = tuple(evaluation.flops for evaluation in evaluations)
@@ -279,7 +294,7 @@ def _read_curve(path: Path) -> Curve:
     if any(after <= before for before, after in itertools.pairwise(tokens)):
         raise UserError(
             f"{path}: tokens do not increase from evaluation to evaluation; two runs were written into one "
-            "file",
+            f"file; {RUN_AGAIN}",
         )
     return Curve(tokens, flops, losses)
 

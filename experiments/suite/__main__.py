@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _evaluate(runs: Sequence[str], overrides: Sequence[str], own: Path | None) -> None:
     """Measure the runs, and write and print their table."""
     from outgrow.experiments.placing import placed
-    from outgrow.experiments.publish import Writer, write_together
+    from outgrow.experiments.publish import Writer, check_free, write_together
     from outgrow.experiments.suite.evaluate import HOME, evaluate, settings_from
     from outgrow.experiments.suite.figure import draw
     from outgrow.experiments.suite.table import as_json, markdown
@@ -45,16 +45,19 @@ def _evaluate(runs: Sequence[str], overrides: Sequence[str], own: Path | None) -
             "evaluate: give runs or checkpoints, such as outgrow evaluate runs/phi_1b-lossless-s0 suite=phi_2"
         )
     suite = settings.suite
+    named = None if settings.out is None else Path(settings.out)
+    names = [f"{suite.name}{ending}" for ending in (".md", ".json", ".png")]
+    if named is not None:
+        check_free(named, names)  # before what takes hours
     evaluated = evaluate(runs, settings)
     text = markdown(suite, evaluated)
-    writers: dict[str, Writer] = {
-        f"{suite.name}.md": lambda path: write_text(path, text),
-        f"{suite.name}.json": lambda path: write_json(path, as_json(suite, evaluated)),
-        f"{suite.name}.png": lambda path: draw(suite, evaluated, path),
-    }
-    named = None if settings.out is None else Path(settings.out)
+    writers: list[Writer] = [
+        lambda path: write_text(path, text),
+        lambda path: write_json(path, as_json(suite, evaluated)),
+        lambda path: draw(suite, evaluated, path),
+    ]
     with placed(named, HOME / suite.name, runs, "out=DIR") as out:
-        write_together(out, writers)
+        write_together(out, dict(zip(names, writers, strict=True)))
     print(text)
     print(f"{out / suite.name}.md, .json, .png")
 

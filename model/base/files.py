@@ -34,6 +34,8 @@ _DISK = {
     errno.EPERM,
     errno.EROFS,
     errno.ENOENT,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
     *_IN_THE_WAY,
 }
 

@@ -179,3 +179,41 @@ def test_a_folder_that_cannot_be_made_is_told(capsys: pytest.CaptureFixture[str]
     for out in ("file", "file/below"):
         assert main(["compare", *runs_of(f"mine{len(out)}", 0), "--out", out]) == 2
         assert f"error: {out}: could not be written (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["table.md", "report.html"])
+def test_a_file_of_someone_elses_is_not_written_over(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = runs_of("mine", 0)
+    Path("theirs").mkdir()
+    Path("theirs", name).write_text("theirs")
+    assert main(["compare", *runs, "--out", "theirs"]) == 2
+    said = f"error: theirs: {name} would be written over, and no earlier result of this kind is there; move it"
+    assert capsys.readouterr().err.startswith(said)
+    assert [path.name for path in Path("theirs").iterdir()] == [name]
+    Path("theirs", name).rename("theirs/kept.md")
+    for _ in range(2):  # its own it may write over
+        assert main(["compare", *runs, "--out", "theirs"]) == 0
+    assert Path("theirs/kept.md").read_text() == "theirs"
+
+
+def test_of_a_result_that_cannot_be_written_nothing_appears(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = runs_of("mine", 0)
+    assert main(["compare", *runs, "--out", "named"]) == 0
+    before = {path.name: path.read_bytes() for path in Path("named").iterdir() if path.name != "report.html"}
+    Path("named/report.html").unlink()
+    Path("named/report.html").mkdir()
+    runs += runs_of("mine", 1)
+    assert main(["compare", *runs, "--out", "named"]) == 2
+    assert "error: named: report.html would be written over" in capsys.readouterr().err
+    Path("named/report.html").rmdir()
+    assert {path.name: path.read_bytes() for path in Path("named").iterdir()} == before
+
+
+def test_a_path_that_leads_nowhere_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("loop").symlink_to("loop")
+    for name in ("loop", "a" * 300):
+        for arguments in ([name], [*runs_of(f"of{name[:1]}", 0), "--out", name]):
+            assert main(["compare", *arguments]) == 2
+            said = capsys.readouterr().err
+            assert said.startswith(f"error: {name}: c")
+            assert said.count("\n") == 1
