@@ -57,12 +57,15 @@ def placed(
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Make a folder, and keep other commands from writing there in the block; left empty, it is removed."""
+    """Make a folder, and keep other commands from writing there in the block; one that was made for it and is
+    left empty is removed.
+    """
 
     def tell(holder: str) -> None:
         print(f"{folder}: another command writes there; waiting for {holder}", file=sys.stderr)
 
     with telling_disk_faults(folder):
+        was_there = folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder.resolve())
     with lock:
@@ -71,8 +74,9 @@ def _held(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):  # it holds something, unless nothing could be written
-                folder.rmdir()
+            if not was_there:
+                with suppress(OSError):  # it holds something, unless nothing could be written
+                    folder.rmdir()
 
 
 def _may_hold(folder: Path, paths: Sequence[str]) -> bool:

@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from outgrow.experiments.cost import Curve
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, reading
 from outgrow.model.keys import is_number
 from outgrow.train.run.record import RunRecord, SourceCost, Summary, read_evaluations
 
@@ -111,9 +111,10 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[LeftOut]]:
     runs = []
     left_out = []
     faults = []
-    for folder in dict.fromkeys(map(_resolved, folders)):
+    for folder in dict.fromkeys(map(resolved, folders)):
         try:
-            run = read_run(folder)
+            with reading(folder):
+                run = read_run(folder)
         except UserError as error:
             faults.append((folder, str(error)))
             continue
@@ -132,7 +133,7 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[LeftOut]]:
     return _told_apart(runs), left_out
 
 
-def _resolved(name: str | Path) -> Path:
+def resolved(name: str | Path) -> Path:
     """The folder that a path leads to.
 
     Raises:

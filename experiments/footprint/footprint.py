@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from outgrow.experiments.suite.evaluate import checkpoint_of, titles
 from outgrow.model.base.compose import CONF, compose_config
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, reading
 from outgrow.model.base.files import read_object
 from outgrow.model.base.settings import settings_of
 from outgrow.train.run.folder import RUN, SUMMARY
@@ -122,7 +122,8 @@ def footprints(folders: Sequence[str], settings: CostSettings) -> list[Footprint
     for folder in folders:
         path = Path(folder)
         try:
-            models.append((checkpoint_of(path), training_of(path)))
+            with reading(path):
+                models.append((checkpoint_of(path), training_of(path)))
         except UserError as fault:
             faults.append(str(fault))
     UserError.collect(faults)

@@ -4,6 +4,7 @@ again."""
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from outgrow.experiments.runs import resolved
 from outgrow.model.base.compose import CONF, compose_config
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, reading
 from outgrow.model.base.files import read_object, write_json
 from outgrow.model.base.settings import settings_of
 from outgrow.model.gguf import gguf_in
@@ -141,18 +143,20 @@ def checkpoint_of(run: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    folder = run.resolve()
-    if run.is_file() or gguf_in(folder) is not None:
-        return locate(run)  # not `folder`: a hub's cache links to files without an ending
-    if (folder / RUN).is_file():
-        if not (folder / FINAL).is_dir():
+    folder = resolved(run)
+    with reading(run):
+        if run.is_file() or gguf_in(folder) is not None:
+            return locate(run)  # not `folder`: a hub's cache links to files without an ending
+        has_ended = (folder / FINAL).is_dir()
+        if (folder / RUN).is_file() and has_ended:
+            return folder / FINAL
+        if (folder / RUN).is_file():
             raise UserError(
                 f"{run}: the run has not ended: it has no {FINAL}/; the command that started it goes on"
             )
-        return folder / FINAL
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{run}: neither a run's folder nor a checkpoint: it has no {RUN} and no config.json")
-    return folder
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(f"{run}: neither a run's folder nor a checkpoint: it has no {RUN} and no config.json")
 
 
 def titles(runs: Sequence[str]) -> list[str]:
@@ -175,12 +179,16 @@ def check_tokenizers(folders: Sequence[Path]) -> None:
     """
     from outgrow.train.data.tokenizer import has_tokenizer
 
-    UserError.collect(
-        f"{folder}: it has no tokenizer, so no text can be read; put its tokenizer.json and "
-        "tokenizer_config.json there"
-        for folder in folders
-        if not has_tokenizer(folder)
-    )
+    faults = []
+    for folder in folders:
+        with reading(folder):
+            readable = has_tokenizer(folder)
+        if not readable:
+            faults.append(
+                f"{folder}: it has no tokenizer, so no text can be read; put its tokenizer.json and "
+                "tokenizer_config.json there"
+            )
+    UserError.collect(faults)
 
 
 def network_of(folder: Path, settings: EvaluateSettings) -> tuple[Any, Any]:
@@ -215,8 +223,7 @@ class Scores:
     """The scores of one checkpoint on the disk, a file for each task."""
 
     def __init__(self, out: Path, checkpoint: Path, settings: EvaluateSettings) -> None:
-        path = str(checkpoint)
-        digest = hashlib.sha256(path.encode()).hexdigest()
+        digest = hashlib.sha256(os.fsencode(checkpoint)).hexdigest()
         name = f"{title(checkpoint)}-{digest[:8]}"
         self.folder = out / "scores" / name
         self.tasks = None if settings.tasks is None else Path(settings.tasks).expanduser()

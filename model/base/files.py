@@ -25,18 +25,18 @@ _SIGNS = (
     "iostream error",
 )
 _IN_THE_WAY = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM}
 _DISK = {
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
     errno.EIO,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
     errno.ENOENT,
+    errno.EROFS,
     errno.ENAMETOOLONG,
     errno.ELOOP,
     *_IN_THE_WAY,
+    *_NOT_ALLOWED,
 }
 
 
@@ -148,11 +148,9 @@ def telling_disk_faults(path: Path) -> Iterator[None]:
     except Exception as error:
         if not _is_disk_fault(error):
             raise
-        in_the_way = isinstance(error, OSError) and error.errno in _IN_THE_WAY
-        remedy = "move what lies in its place away" if in_the_way else "free space"
         raise UserError(
             f"{path}: could not be written ({_reason(error)}); whatever was complete before is untouched: "
-            f"{remedy}, or write elsewhere, and start the same command again"
+            f"{_remedy(error)}, or write elsewhere, and start the same command again"
         ) from error
 
 
@@ -161,6 +159,15 @@ def _is_disk_fault(error: BaseException) -> bool:
         return error.errno in _DISK
     text = str(error)
     return any(sign in text for sign in _SIGNS)
+
+
+def _remedy(error: BaseException) -> str:
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _IN_THE_WAY:
+        return "move what lies in its place away"
+    if number in _NOT_ALLOWED:
+        return "allow it"
+    return "free space"
 
 
 def _reason(error: BaseException) -> str:

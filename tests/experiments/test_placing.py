@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 from pathlib import Path
@@ -187,7 +189,9 @@ def test_a_file_of_someone_elses_is_not_written_over(name: str, capsys: pytest.C
     Path("theirs").mkdir()
     Path("theirs", name).write_text("theirs")
     assert main(["compare", *runs, "--out", "theirs"]) == 2
-    said = f"error: theirs: {name} would be written over, and no earlier result of this kind is there; move it"
+    said = (
+        f"error: theirs: {name} would be written over, and no earlier result of this kind is there; move it"
+    )
     assert capsys.readouterr().err.startswith(said)
     assert [path.name for path in Path("theirs").iterdir()] == [name]
     Path("theirs", name).rename("theirs/kept.md")
@@ -217,3 +221,32 @@ def test_a_path_that_leads_nowhere_is_told_in_a_line(capsys: pytest.CaptureFixtu
             said = capsys.readouterr().err
             assert said.startswith(f"error: {name}: c")
             assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["compare"], ["horizons"], ["cost", "measure=false"], ["evaluate"]])
+def test_a_run_that_may_not_be_read_is_told_in_a_line(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs_of("mine", 0)[0]
+
+    def forbidden(path: Path, **more: object) -> object:
+        if path.parent.name == Path(run).name:  # whoever tests may be root
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return os.stat(path, **more)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "stat", forbidden)
+    door, *more = command
+    doors = {"cost": cost, "evaluate": evaluate}
+    arguments = [run, *more] if door in doors else [door, run]
+    assert doors.get(door, main)(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(f"{run}: cannot be read (Permission denied)\n")
+    assert said.count("\n") == 1
+
+
+def test_an_empty_folder_that_was_there_stays_where_nothing_is_written() -> None:
+    Path("theirs").mkdir()
+    assert main(["family", "no/run", "--out", "theirs"]) == 2
+    assert main(["family", "no/run", "--out", "ours"]) == 2
+    assert Path("theirs").is_dir()
+    assert not Path("ours").exists()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from outgrow.model.base.atomic import FORMER, PARTIAL
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, reading
 from outgrow.model.base.files import read_object, telling_disk_faults
 from outgrow.model.base.locks import Lock
 from outgrow.train.run.record import RunRecord, SourceCost, Summary
@@ -38,15 +38,18 @@ def read_run(folder: Path) -> RunRecord | None:
     """The record of the run in `folder`; None where no run has begun.
 
     Raises:
-        UserError: run.json cannot be read, or the folder holds files and none of them is a run's.
+        UserError: it cannot be read, or holds files and none of them is a run's.
     """
-    if (folder / RUN).is_file():
+    with reading(folder):
+        has_record = (folder / RUN).is_file()
+        is_folder = folder.is_dir()
+        names = [path.name for path in folder.iterdir()] if is_folder else []
+    if has_record:
         return RunRecord.read(folder / RUN, "not a run's record; choose another out=, or delete the folder")
-    if folder.exists() and not folder.is_dir():
+    if folder.exists() and not is_folder:
         raise UserError(f"out: {folder} is a file; choose another out=")
     suffixes = ("", PARTIAL, FORMER)
     ours = {name + suffix for name, suffix in product((START, RUN), suffixes)}
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     others = sorted(name for name in names if name not in ours)
     if others:
         raise UserError(
