@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,7 +27,7 @@ from outgrow.experiments.table import (
     write_csv,
     write_json,
 )
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, in_one_line
 from outgrow.model.base.files import telling_disk_faults
 from outgrow.train.run import weights_and_biases
 from outgrow.train.run.weights_and_biases import LONGEST_NAME
@@ -170,8 +171,24 @@ def mirror(
 ) -> None:
     """Mirror table, pictures and findings of a study into W&B, grouped with its runs.
 
-    Offline, beside the pictures, unless WANDB_MODE says otherwise.
+    Offline, beside the pictures, unless WANDB_MODE says otherwise. A fault of W&B is told: the files are
+    complete without it.
     """
+    try:
+        _mirror(study, lines, pictures, summary, project)
+    except Exception as error:  # of every kind
+        reason = in_one_line(error)
+        folder = next(iter(pictures.values())).parent
+        print(f"W&B: not mirrored ({reason}); the files in {folder} are complete", file=sys.stderr)
+
+
+def _mirror(
+    study: str,
+    lines: Sequence[Mapping[str, Any]],
+    pictures: Mapping[str, Path],
+    summary: Mapping[str, Any],
+    project: str,
+) -> None:
     import wandb
 
     folder = next(iter(pictures.values())).parent

@@ -250,3 +250,18 @@ def test_an_empty_folder_that_was_there_stays_where_nothing_is_written() -> None
     assert main(["family", "no/run", "--out", "ours"]) == 2
     assert Path("theirs").is_dir()
     assert not Path("ours").exists()
+
+
+def test_a_fault_of_wandb_is_told_and_the_files_are_complete(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    def init(**options: object) -> None:
+        raise PermissionError("not writable")
+
+    monkeypatch.setattr(wandb, "init", init)
+    assert main(["compare", *runs_of("mine", 0), "--wandb", "--out", "named"]) == 0
+    said = "W&B: not mirrored (PermissionError: not writable); the files in named are complete\n"
+    assert capsys.readouterr().err == said
+    assert Path("named/report.html").is_file()
