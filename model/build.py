@@ -36,10 +36,10 @@ def to_hf_config(config: Config) -> PretrainedConfig:
     model_type = fields.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         unknown("model_type", str(model_type), CONFIG_MAPPING.keys())
-    known = CONFIG_MAPPING[model_type]
+    config_class = CONFIG_MAPPING[model_type]
     # as it does with files that it opens itself (`{"__float__": "Infinity"}`)
     try:
-        return known.from_dict(known._decode_special_floats(fields))
+        return config_class.from_dict(config_class._decode_special_floats(fields))
     except Exception as fault:  # the library's classes raise every kind
         raise UserError(
             f"config: transformers refuses it for model_type {model_type!r} ({in_one_line(fault, 300)}); "
@@ -58,10 +58,10 @@ def library_class(config: PretrainedConfig) -> Any:
     kind: Any = type(config)
     if kind not in AutoModelForMultimodalLM._model_mapping:
         return AutoModelForCausalLM
-    known: Any = AutoModelForCausalLM._model_mapping
+    mapping: Any = AutoModelForCausalLM._model_mapping
     return (
         AutoModelForCausalLM
-        if kind in known and known[kind].config_class is kind
+        if kind in mapping and mapping[kind].config_class is kind
         else AutoModelForMultimodalLM
     )
 
@@ -189,7 +189,7 @@ def load_model(
     """
     if not Path(folder).is_dir():
         raise UserError(f"model {str(folder)!r}: no such folder")
-    held: dict[str, torch.Tensor] | None = None
+    state: dict[str, torch.Tensor] | None = None
     weights: str | None = None
     if config is None:
         with Checkpoint(folder) as opened:
@@ -198,15 +198,15 @@ def load_model(
             weights = opened.weights
             if plain is not None:
                 config = plain.config
-                held = plain.state_dict()
+                state = plain.state_dict()
     hf_config = to_hf_config(config)
     if weights is not None:
         hf_config.transformers_weights = weights
     kind: Any = library_class(hf_config)
-    own: Any = kind if held is None else kind._model_mapping[type(hf_config)]
+    own: Any = kind if state is None else kind._model_mapping[type(hf_config)]
     loaded: Any = own.from_pretrained(
-        str(folder) if held is None else None,
-        state_dict=held,
+        str(folder) if state is None else None,
+        state_dict=state,
         dtype=_torch_dtype(dtype),
         attn_implementation=_implementation(attention),
         use_safetensors=True,

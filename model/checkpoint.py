@@ -139,16 +139,16 @@ class Checkpoint:
             if file not in self._files:
                 descriptor = os.open(file, os.O_RDONLY)
                 self._files[file] = descriptor
-            done = 0
-            while done < len(view):
-                rest = view[done:]
+            bytes_read = 0
+            while bytes_read < len(view):
+                rest = view[bytes_read:]
                 descriptor = self._files[file]
-                position = offset + done
+                position = offset + bytes_read
                 count = os.preadv(descriptor, [rest], position)
                 if count == 0:  # the end of the file
                     break
-                done += count
-        if done < len(view):
+                bytes_read += count
+        if bytes_read < len(view):
             raise UserError(
                 f"{file}: ends early inside tensor {name!r}; the file changed while it was read, or is "
                 "truncated"

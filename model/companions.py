@@ -72,17 +72,17 @@ def left_behind(folder: Path) -> list[str]:
     """List the files of `folder` that somebody may miss in a copy: code, and endings that nothing is known
     of.
     """
-    known = (*KNOWN, *ENDINGS)
-    paths = [path for path in folder.iterdir() if path.suffix not in known]
+    names = (*KNOWN, *ENDINGS)
+    paths = [path for path in folder.iterdir() if path.suffix not in names]
     files = [path.name for path in paths if path.is_file()]
     return sorted(name for name in files if not name.startswith("."))
 
 
 def to_download(files: Iterable[str], weights: Iterable[str]) -> list[str]:
     """Choose a repository's files: config, companions, card, and the `weights`, in one format alone."""
-    wanted = {"config.json", "README.md", *weights}
+    names = {"config.json", "README.md", *weights}
 
     def belongs(name: str) -> bool:
-        return name in wanted or is_companion(name)
+        return name in names or is_companion(name)
 
     return sorted(filter(belongs, files))

@@ -30,22 +30,22 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
             key.removeprefix(prefix) if isinstance(key, str) and key != TEXT_TYPE else key: value
             for key, value in config.items()
         }
-    seen: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     if "model_type" in config:  # overrides name none
-        seen[TEXT_TYPE] = text.get("model_type")
+        fields[TEXT_TYPE] = text.get("model_type")
     for key, value in config.items():
         if key == TEXT:
             for name, entry in text.items():
                 is_apart = name == "model_type" or "." in name
-                seen[f"{TEXT}.{name}" if is_apart else name] = entry
+                fields[f"{TEXT}.{name}" if is_apart else name] = entry
         elif isinstance(value, Mapping) and value and key.endswith("_config"):
             for name, entry in value.items():
-                seen[f"{key}.{name}"] = entry
+                fields[f"{key}.{name}"] = entry
         elif key == "model_type":
-            seen[key] = value
+            fields[key] = value
         else:
-            seen[f".{key}"] = value
-    return seen
+            fields[f".{key}"] = value
+    return fields
 
 
 def nested(config: Mapping[str, Any]) -> dict[str, Any]:

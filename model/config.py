@@ -284,12 +284,12 @@ def _check_keys(overrides: Config, source: Config, family: Family) -> None:
     """Refuse keys that neither the source's config nor the family's class has."""
     standard_keys = filter(family.knows, STANDARD)
     spellings = set(map(family.field_name, standard_keys))
-    known = {*source, *DTYPES, *spellings}
+    known_keys = {*source, *DTYPES, *spellings}
     if family.rotary is not None:
-        known.add("rope_parameters")
-    unknown_keys = [key for key in overrides if key not in known]
+        known_keys.add("rope_parameters")
+    unknown_keys = [key for key in overrides if key not in known_keys]
     UserError.collect(
-        f"target: unknown config key {key!r}; {did_you_mean(key, known)}" for key in unknown_keys
+        f"target: unknown config key {key!r}; {did_you_mean(key, known_keys)}" for key in unknown_keys
     )
 
 

@@ -48,15 +48,15 @@ def in_model(
         stored = stored_names(meta_model(config))
         return {own: tensor(name) for own, name in stored.items()}
     hf_config = to_hf_config(config)
-    held = {name: tensor(name) for name in names}
+    state = {name: tensor(name) for name in names}
     # loses none
-    dtypes = [tensor.dtype for tensor in held.values() if tensor.is_floating_point()]
+    dtypes = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
     dtype = max(dtypes, key=lambda kind: kind.itemsize)
     classes: Any = library_class(hf_config)._model_mapping
     library = classes[type(hf_config)]
     with quietly():
         model, report = library.from_pretrained(
-            None, config=hf_config, state_dict=held, dtype=dtype, output_loading_info=True
+            None, config=hf_config, state_dict=state, dtype=dtype, output_loading_info=True
         )
     faults = {name: reported for name, reported in report.items() if reported}
     if faults:

@@ -62,9 +62,9 @@ def document_masks(config: PretrainedConfig, positions: Tensor) -> Any:
 
     shape = (*positions.shape, 1)
     blank = torch.empty(shape, device=positions.device)  # whose shape and dtype alone count
-    known: dict[str, Any] = {"attention_mask": None, "past_key_values": None}
-    known["position_ids"] = positions
-    return create_masks_for_generate(config=config.get_text_config(), inputs_embeds=blank, **known)
+    arguments: dict[str, Any] = {"attention_mask": None, "past_key_values": None}
+    arguments["position_ids"] = positions
+    return create_masks_for_generate(config=config.get_text_config(), inputs_embeds=blank, **arguments)
 
 
 def document_positions(tokens: Tensor, end_of_text: int) -> Tensor:

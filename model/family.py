@@ -154,12 +154,12 @@ class Family:
         Raises:
             UserError: there are such fields, and a number of layers is none.
         """
-        held = {key: source[key] for key in self.by_depth if source.get(key)}
-        if not held:
+        scales = {key: source[key] for key in self.by_depth if source.get(key)}
+        if not scales:
             return {}
         layers, layers_before = (self.require(config, "num_hidden_layers") for config in (target, source))
         ratio = layers / layers_before
-        return {key: value * ratio ** self.by_depth[key] for key, value in held.items()}
+        return {key: value * ratio ** self.by_depth[key] for key, value in scales.items()}
 
     @cached_property
     def lines(self) -> tuple[Line, ...]:
@@ -492,11 +492,11 @@ def register(family: Family) -> Family:
     Raises:
         ValueError: a line of its schema does not parse or names a space that has no size.
     """
-    known = {"vocab", "residual", "ffn", "kv", "group", "qk", "v", "pos", *family.more}
+    spaces = {"vocab", "residual", "ffn", "kv", "group", "qk", "v", "pos", *family.more}
     for line in family.lines:
-        unsized = [space.name for space in line.spaces if space.name not in known]
+        unsized = [space.name for space in line.spaces if space.name not in spaces]
         if unsized:
-            names = ", ".join(sorted(known))
+            names = ", ".join(sorted(spaces))
             raise ValueError(
                 f"{family.name}: line {line.name!r} names the space {unsized[0]!r}; known: {names}"
             )
@@ -532,7 +532,7 @@ def family_of(config: Config) -> Family:
     Raises:
         UserError: the config names no `model_type`, or one without a schema.
     """
-    known = families()
+    registry = families()
     name = config.get("model_type")
     if name is None:
         raise UserError(
@@ -541,9 +541,9 @@ def family_of(config: Config) -> Family:
         )
     if not isinstance(name, str):
         raise UserError(f"config: model_type must be a name; found {name!r:.80}")
-    if name not in known:
-        unknown("model family", name, known)
-    return known[name]
+    if name not in registry:
+        unknown("model family", name, registry)
+    return registry[name]
 
 
 __all__ = ["STANDARD", "Config", "Family", "Space", "Tensor", "families", "family_of", "register"]

@@ -108,9 +108,9 @@ def watch(model: PreTrainedModel, *, experts: str = "batched_mm") -> Passes:
         Exception: of any kind, as the library's classes raise them where they do not run.
     """
     calls: list[_Call] = []
-    known = model.config.get_text_config()
+    text_config = model.config.get_text_config()
     keys = ("max_position_embeddings", "max_seq_len", "n_positions")
-    limits = [getattr(known, key, None) for key in keys]
+    limits = [getattr(text_config, key, None) for key in keys]
     stated = [size for size in limits if size and size > 0]  # a class without a limit says -1
     limit = next(iter(stated), 4 * STEP)
     step = max(1, min(STEP, limit // 4))  # some classes keep a position or two for themselves

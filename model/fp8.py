@@ -90,13 +90,13 @@ class Dequantised(Checkpoint):
         """Faults of the scales, in words."""
         faults = []
         for name, scale in self._scales.items():
-            held = self._all[scale]
-            if not is_float(held.dtype) and held.dtype not in EXPONENTS:
-                faults.append(f"{self.folder}: {scale} holds {held.dtype}, which are no factors")
-            if self._part(name) is None and prod(held.shape) != 1:
+            entry = self._all[scale]
+            if not is_float(entry.dtype) and entry.dtype not in EXPONENTS:
+                faults.append(f"{self.folder}: {scale} holds {entry.dtype}, which are no factors")
+            if self._part(name) is None and prod(entry.shape) != 1:
                 shape = self._all[name].shape
-                wanted = " or ".join(map(str, self._shapes(shape)))
-                fault = f"{scale} has shape {held.shape} where {wanted} is expected"
+                shapes = " or ".join(map(str, self._shapes(shape)))
+                fault = f"{scale} has shape {entry.shape} where {shapes} is expected"
                 faults.append(f"{self.folder}: {fault}")
         return faults[:3]
 
@@ -111,11 +111,11 @@ class Dequantised(Checkpoint):
         """(height, width) of the part of a matrix that has one factor; None where one is for the whole
         tensor, or the shapes do not fit."""
         shape = self._all[name].shape
-        held = self._all[self._scales[name]].shape
+        scale_shape = self._all[self._scales[name]].shape
         if len(shape) < 2:
             return None
         rows, columns = shape[-2:]
-        bare = _without_ones(held)
+        bare = _without_ones(scale_shape)
         if self._block is not None and bare == _without_ones(_grid(shape, self._block)):
             return self._block
         if bare == _without_ones(shape[:-1]):
@@ -151,13 +151,13 @@ class Dequantised(Checkpoint):
     def _factors(self, name: str, stored: Stored, start: int, count: int) -> np.ndarray:
         """The factor of each entry of some rows, float32; of one factor for all, that one."""
         scale = self._scales[name]
-        held = self._all[scale]
-        raw = self._read_rows(scale, held, 0, None)
-        if held.dtype in EXPONENTS:
+        entry = self._all[scale]
+        raw = self._read_rows(scale, entry, 0, None)
+        if entry.dtype in EXPONENTS:
             exponents = raw.astype(np.int32) - 127
             factors = np.ldexp(np.float32(1), exponents)
         else:
-            values = to_float(raw, held.dtype)
+            values = to_float(raw, entry.dtype)
             factors = values.astype(np.float32)
         part = self._part(name)
         if part is None:

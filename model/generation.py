@@ -50,29 +50,29 @@ def mended(entries: Mapping[str, Any]) -> tuple[GenerationConfig, tuple[str, ...
     if generation is not None:
         return generation, ()
     changes: list[str] = []
-    kept = _consistent(entries)
+    survivors = _consistent(entries)
     if "do_sample" not in entries:
         sampled = _consistent({"do_sample": True, **entries})
-        if len(sampled) > len(kept) + 1:
-            kept = sampled
+        if len(sampled) > len(survivors) + 1:
+            survivors = sampled
             changes.append("do_sample: true is added, without which what it says of sampling is refused")
-    dropped = [key for key in entries if key not in kept]
+    dropped = [key for key in entries if key not in survivors]
     if dropped:
         entries_dropped = [f"{key}: {entries[key]!r:.40}" for key in dropped]
         listing = ", ".join(entries_dropped)
         changes.append(f"{listing} left out, which the library refuses to save")
-    generation = _valid(kept)
+    generation = _valid(survivors)
     assert generation is not None
     return generation, tuple(f"{FILE}: {change}" for change in changes)
 
 
 def _consistent(entries: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that the library takes together, tried one by one, switches first."""
-    kept: dict[str, Any] = {}
+    survivors: dict[str, Any] = {}
     for key in sorted(entries, key=lambda key: key not in SWITCHES):
-        if _valid({**kept, key: entries[key]}) is not None:
-            kept[key] = entries[key]
-    return kept
+        if _valid({**survivors, key: entries[key]}) is not None:
+            survivors[key] = entries[key]
+    return survivors
 
 
 def _valid(entries: Mapping[str, Any]) -> GenerationConfig | None:
@@ -95,6 +95,6 @@ def _entries(config: Config) -> dict[str, Any]:
     """Collect the generation settings that a config itself holds, as older files do."""
     from transformers import GenerationConfig
 
-    known = GenerationConfig().to_dict().keys() - {"transformers_version"}
+    keys = GenerationConfig().to_dict().keys() - {"transformers_version"}
     values = {key: value for key, value in config.items() if value is not None}
-    return only(values, known)
+    return only(values, keys)

@@ -176,9 +176,9 @@ def _attention_width(config: Config) -> int:
         return sizes["layer"] * heads * widths
     from outgrow.model.build import to_hf_config
 
-    known = to_hf_config(config).get_text_config()  # under the library's standard names
-    each = getattr(known, "per_layer_config", None)
-    layers = each or [known] * known.num_hidden_layers
+    standard_config = to_hf_config(config).get_text_config()  # under the library's standard names
+    each = getattr(standard_config, "per_layer_config", None)
+    layers = each or [standard_config] * standard_config.num_hidden_layers
     return sum(_layer_attention_width(layer) for layer in layers)
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from outgrow.model.base.atomic import whole
+from outgrow.model.base.atomic import make_whole
 from outgrow.model.base.errors import UserError, in_one_line, loading_faults, reading
 from outgrow.model.base.files import one_at_a_time
 from outgrow.model.keys import is_number
@@ -79,7 +79,7 @@ def unpacked(file: Path) -> Path:
         with one_at_a_time(folder):
             if not folder.exists():
                 print(f"unpacking {file} into {folder}", file=sys.stderr)
-                with whole(folder) as partial:
+                with make_whole(folder) as partial:
                     _unpack(file, partial)
     except OSError as fault:
         raise UserError(
@@ -185,11 +185,11 @@ def _scaling_faults(reader: GGUFReader, model: Any) -> Iterator[str]:
 
 
 def _rotary_faults(reader: GGUFReader, model: Any) -> Iterator[str]:
-    frequencies = [held for name, held in model.named_buffers() if name.endswith("inv_freq")]
-    made = {2 * held.shape[-1] for held in frequencies}  # two dimensions turn by one frequency
+    frequencies = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
+    dimensions = {2 * buffer.shape[-1] for buffer in frequencies}  # two dimensions turn by one frequency
     rotating = _entries(reader).get("rope.dimension_count")
-    if len(made) == 1 and rotating is not None and rotating not in made:
-        yield f"{rotating} dimensions of a head rotate, of which transformers makes {made.pop()}"
+    if len(dimensions) == 1 and rotating is not None and rotating not in dimensions:
+        yield f"{rotating} dimensions of a head rotate, of which transformers makes {dimensions.pop()}"
 
 
 def _surplus_faults(reader: GGUFReader, model: Any) -> Iterator[str]:
@@ -197,10 +197,10 @@ def _surplus_faults(reader: GGUFReader, model: Any) -> Iterator[str]:
     if model.config.tie_word_embeddings is not False:
         apart.add("output.weight")  # a head that is tied all the same is there twice
     inside = [tensor for tensor in reader.tensors if tensor.name not in apart]
-    held = sum(int(tensor.n_elements) for tensor in inside)
-    taken = sum(parameter.numel() for parameter in model.parameters())
-    if held > taken:
-        yield f"transformers passes over {held - taken:,} of its {held:,} numbers"
+    stored_count = sum(int(tensor.n_elements) for tensor in inside)
+    parameter_count = sum(parameter.numel() for parameter in model.parameters())
+    if stored_count > parameter_count:
+        yield f"transformers passes over {stored_count - parameter_count:,} of its {stored_count:,} numbers"
 
 
 def _entries(reader: GGUFReader) -> dict[str, Any]:
@@ -242,8 +242,8 @@ def _amend(reader: GGUFReader, config: Any) -> list[str]:
 
 def _set(config: Any, name: str, value: float) -> bool:
     """Give an entry of a config a number; tell whether that changed it."""
-    held = getattr(config, name)
-    if is_number(held) and isclose(held, value, rel_tol=1e-6):
+    current = getattr(config, name)
+    if is_number(current) and isclose(current, value, rel_tol=1e-6):
         return False
     setattr(config, name, value)
     return True

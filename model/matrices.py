@@ -58,7 +58,7 @@ def _parameters(twin: Twin) -> dict[str, Parameter]:
         with quietly():
             model = build(twin.config, "cpu")
             scramble(model)
-            seen = uses(model, twin.tokens(ROWS, LENGTH))
+            traces = uses(model, twin.tokens(ROWS, LENGTH))
     except UserError:
         raise
     except Exception as fault:  # the library's classes raise every kind
@@ -67,8 +67,8 @@ def _parameters(twin: Twin) -> dict[str, Parameter]:
         ) from None
     alike: dict[str, list[Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        contracted = seen.contracted.get(name, ())
-        kind = _kind(name, parameter, seen)
+        contracted = traces.contracted.get(name, ())
+        kind = _kind(name, parameter, traces)
         own = Parameter(kind, tuple(sorted(contracted)))
         alike[layerless(name)].append(own)
     # Where some layers use it and others do not, it is what it is used as.
@@ -79,13 +79,13 @@ def _is_unused(parameter: Parameter) -> bool:
     return parameter.kind == "unused"
 
 
-def _kind(name: str, parameter: torch.nn.Parameter, seen: Uses) -> Kind:
-    if name in seen.indexed:
+def _kind(name: str, parameter: torch.nn.Parameter, traces: Uses) -> Kind:
+    if name in traces.indexed:
         return "embedding"
-    if name in seen.convolved:
+    if name in traces.convolved:
         return "convolution"
-    if name not in seen.contracted:
-        return "other" if name in seen.touched else "unused"
+    if name not in traces.contracted:
+        return "other" if name in traces.touched else "unused"
     if parameter.ndim < 2:
         return "other"
     return "matrix" if parameter.ndim == 2 else "matrices"

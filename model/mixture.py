@@ -117,8 +117,8 @@ class Mixture:
 
     def count_key(self, config: Config) -> str:
         """Find the name under which a config has the number of experts."""
-        known = [key for key in self.aliases if key in config]
-        return known[0] if known else self.count
+        keys = [key for key in self.aliases if key in config]
+        return keys[0] if keys else self.count
 
     def shared_size(self, config: Config) -> int:
         """The units of the shared expert; 0 where the family has none."""
@@ -155,10 +155,10 @@ class Mixture:
                 return tuple(layers[first:])
         return tuple(layers)
 
-    def _check(self, config: Config, key: str, fits: bool, wanted: str) -> None:
+    def _check(self, config: Config, key: str, fits: bool, condition: str) -> None:
         if not fits:
             raise UserError(
-                f"config of family {self.name!r}: {key} must be {wanted}; found {config[key]!r:.80}"
+                f"config of family {self.name!r}: {key} must be {condition}; found {config[key]!r:.80}"
             )
 
     def said_of_layers(self, sparse: Sequence[int], count: int) -> dict[str, Any]:

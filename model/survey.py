@@ -60,6 +60,7 @@ class Survey:
             documents of a row kept apart.
         masked_leak: the same where that is no rounding and masks are handed over, also under a small sliding
             window where the class has one, or how far they move a text that is one document, if that is more.
+        shift: how far a document's logits move when it stands at the start of its row, masks handed over.
         unreached: parameters that text gives no gradient, without their layers' numbers.
         sometimes: those that one text gives a gradient and another does not, or that only some layers do.
     """
@@ -72,7 +73,7 @@ class Survey:
     future: Answer[float]
     leak: Answer[float]
     masked_leak: Answer[float]
-    place: Answer[float]
+    shift: Answer[float]
     unreached: Answer[tuple[str, ...]]
     sometimes: Answer[tuple[str, ...]]
 
@@ -95,7 +96,7 @@ def survey(
     Raises:
         UserError: the class does not build or run as a tiny twin.
     """
-    return _survey(tiny_twin(config), attention, _place(device), precision)
+    return _survey(tiny_twin(config), attention, _device_name(device), precision)
 
 
 def works(
@@ -107,7 +108,7 @@ def works(
     Raises:
         UserError: the class does not build or run as a tiny twin.
     """
-    return _works(tiny_twin(config), attention, _place(device), precision)
+    return _works(tiny_twin(config), attention, _device_name(device), precision)
 
 
 def causal_switch(
@@ -119,9 +120,9 @@ def causal_switch(
     Raises:
         UserError: the class does not build or run as a tiny twin.
     """
-    known = tiny_twin(config).config
+    tiny_config = tiny_twin(config).config
     for key, value in CAUSAL.items():
-        if key not in known or known[key] == value:
+        if key not in tiny_config or tiny_config[key] == value:
             continue
         switched = {**config, key: value}
         try:
@@ -133,7 +134,7 @@ def causal_switch(
     return {}
 
 
-def _place(device: torch.device | str) -> str:
+def _device_name(device: torch.device | str) -> str:
     """A device's name, the same for every process of a CPU."""
     is_cpu = torch.device(device).type == "cpu"
     return "cpu" if is_cpu else str(device)
@@ -168,7 +169,7 @@ def _survey(twin: Twin, attention: str, device: str, precision: str) -> Survey:
             future=_measured(lambda: _future(bench)),
             leak=leak,
             masked_leak=no_masks if holds else _measured(lambda: _masked_leak(bench)),
-            place=no_masks if holds else _measured(lambda: _moved_by_place(bench)),
+            shift=no_masks if holds else _measured(lambda: _shift(bench)),
             unreached=Answer(unreached, reached.reason),
             sometimes=Answer(sometimes, reached.reason),
         )
@@ -348,7 +349,7 @@ def _moved_by_masks(bench: _Bench) -> float:
     return relative(after, bench.steady({"input_ids": text}))
 
 
-def _moved_by_place(bench: _Bench) -> float:
+def _shift(bench: _Bench) -> float:
     """Measure how far a document's logits move when it stands at its row's start, masks handed over."""
     text = bench.text(0)
     text[:, [0, CUT]] = bench.end_of_text

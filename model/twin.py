@@ -139,8 +139,8 @@ def _checked(config: Config, *, own: bool) -> Twin:
     with quietly():
         blank = build_on(complete)
     check_size(blank)
-    known: Any = blank.config
-    vocabulary = known.get_text_config().vocab_size
+    blank_config: Any = blank.config
+    vocabulary = blank_config.get_text_config().vocab_size
     plain = vocabulary - len(place_tokens(complete))
     twin = Twin(complete, plain, own)
     try:

@@ -21,7 +21,7 @@ def partial_of(path: Path) -> Path:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def make_whole(path: Path) -> Iterator[Path]:
     """Yield `<path>.partial`, of which the block makes a file or folder; it becomes `path` when the block
     ends well, else it is removed.
     """

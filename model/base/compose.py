@@ -121,8 +121,8 @@ class Tree:
 
 def _tree(folder: Path, own: Path | None) -> Tree:
     folders = (folder,) if own is None else (folder, own.absolute())
-    found = chain.from_iterable(folder.rglob("*") for folder in folders)
-    stamps = [(str(path), path.stat().st_mtime_ns) for path in found if path.exists()]
+    entries = chain.from_iterable(folder.rglob("*") for folder in folders)
+    stamps = [(str(path), path.stat().st_mtime_ns) for path in entries if path.exists()]
     return Tree(folders, tuple(sorted(stamps)))
 
 
@@ -255,11 +255,11 @@ def _is_choice(groups: set[str], override: Override) -> bool:
 def _choice_holds(tree: Tree, override: Override, faults: list[str]) -> bool:
     group = override.key_or_group
     chosen = override.value()
-    known = tree.leaves(group)
-    if override.is_delete() or str(chosen) in known:
+    leaves = tree.leaves(group)
+    if override.is_delete() or str(chosen) in leaves:
         return True
     name = "null" if chosen is None else str(chosen)
-    near = did_you_mean(name, known)
+    near = did_you_mean(name, leaves)
     choice = f"{group}={name}"
     faults.append(f"{choice}: unknown {group}; {near}")
     return False
@@ -273,10 +273,10 @@ def _missing(tree: Tree, error: MissingConfigException) -> str:
     files = chain.from_iterable(folder.rglob("*.yaml") for folder in tree.folders)
     choice = re.compile(rf"\b{re.escape(group)}\b.*\b{re.escape(leaf)}\b")
     naming = [path for path in files if choice.search(path.read_text(errors="replace"))]
-    place = f"{naming[0]}: " if len(naming) == 1 else ""
+    prefix = f"{naming[0]}: " if len(naming) == 1 else ""
     if group not in tree.groups():
-        return f"{place}{group}={leaf}: unknown group; {did_you_mean(group, tree.groups())}"
-    return f"{place}{group}={leaf}: unknown {group}; {did_you_mean(leaf, tree.leaves(group))}"
+        return f"{prefix}{group}={leaf}: unknown group; {did_you_mean(group, tree.groups())}"
+    return f"{prefix}{group}={leaf}: unknown {group}; {did_you_mean(leaf, tree.leaves(group))}"
 
 
 def _hidden(tree: Tree) -> Iterator[str]:
@@ -300,11 +300,11 @@ def _key_holds(cfg: DictConfig, override: Override, groups: set[str], faults: li
         # A DictConfig does not "contain" a missing value, but lists its key.
         keys = list(node) if isinstance(node, Mapping) else []
         if part not in keys:
-            known = set(map(str, keys))
+            names = set(map(str, keys))
             if depth == 0:
-                known |= groups
+                names |= groups
             last = parts[-1]
-            way = _elsewhere(cfg, last) or _near(cfg, part, known)
+            way = _elsewhere(cfg, last) or _near(cfg, part, names)
             until_here = parts[: depth + 1]
             unknown = ".".join(until_here)
             faults.append(f"{unknown}: unknown key; {way}")
@@ -325,16 +325,16 @@ def _elsewhere(cfg: DictConfig, name: str) -> str:
     return f"did you mean {options}?" if keys else ""
 
 
-def _near(cfg: DictConfig, name: str, known: set[str]) -> str:
+def _near(cfg: DictConfig, name: str, names: set[str]) -> str:
     """A question that offers names near to `name`, of those known where it stands and of those in groups:
     `nosie` is `growth.noise`.
     """
     in_groups = _in_groups(cfg)
-    keys = nearest(name, known, TYPING) or list(
+    keys = nearest(name, names, TYPING) or list(
         chain.from_iterable(in_groups[near] for near in nearest(name, in_groups, TYPING))
     )
     options = " or ".join(map(repr, keys))
-    return f"did you mean {options}?" if keys else did_you_mean(name, known)
+    return f"did you mean {options}?" if keys else did_you_mean(name, names)
 
 
 def _in_groups(cfg: DictConfig) -> dict[str, list[str]]:

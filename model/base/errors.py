@@ -61,34 +61,34 @@ def reading(path: object) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
 
 
-def did_you_mean(name: object, known: Iterable[str]) -> str:
+def did_you_mean(name: object, names: Iterable[str]) -> str:
     """The end of an error about an unknown `name`: its near matches, else everything that is known."""
-    known = sorted(known)
-    return near_matches(name, known) or f"known: {', '.join(known) or 'none'}"
+    names = sorted(names)
+    return near_matches(name, names) or f"known: {', '.join(names) or 'none'}"
 
 
-def near_matches(name: object, known: Iterable[str]) -> str:
+def near_matches(name: object, names: Iterable[str]) -> str:
     """A question after the known names that are near to `name`; "" where none is."""
-    words = map(repr, nearest(name, known))
+    words = map(repr, nearest(name, names))
     options = " or ".join(words)
     return f"did you mean {options}?" if options else ""
 
 
-def nearest(name: object, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
+def nearest(name: object, names: Iterable[str], cutoff: float = 0.5) -> list[str]:
     """Up to three known names that are near to `name`, in whatever case it is written, the nearest first.
 
     Args:
         cutoff: the share that two names have in common, from which on they are near.
     """
-    by_small = {word.lower(): word for word in sorted(known)}
+    by_small = {word.lower(): word for word in sorted(names)}
     small = str(name).lower()
     near = difflib.get_close_matches(small, by_small, n=3, cutoff=cutoff)
     return [by_small[word] for word in near]
 
 
-def unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
+def unknown(kind: str, name: object, names: Iterable[str]) -> NoReturn:
     """Raise the error for a `name` that is no known `kind`."""
-    near = did_you_mean(name, known)
+    near = did_you_mean(name, names)
     raise UserError(f"unknown {kind} {name!r}; {near}")
 
 

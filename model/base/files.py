@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from outgrow.model.base.atomic import remove, whole
+from outgrow.model.base.atomic import make_whole, remove
 from outgrow.model.base.errors import UserError, first_line
 from outgrow.model.base.locks import Lock
 
@@ -49,7 +49,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         UserError: the disk is full or not writable; what was there before is untouched.
     """
     with telling_disk_faults(folder):
-        with whole(folder) as partial:
+        with make_whole(folder) as partial:
             remove(partial)
             partial.mkdir(exist_ok=True)
             yield partial
@@ -66,7 +66,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or not writable; what was there before is untouched.
     """
-    with telling_disk_faults(path), whole(path) as partial:
+    with telling_disk_faults(path), make_whole(path) as partial:
         yield partial
         _flush(partial)
 

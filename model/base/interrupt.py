@@ -17,15 +17,15 @@ from typing import NoReturn
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # by which queues stop what may go on later
 
 
-def starting(asked: bool = False) -> None:
+def starting(is_command: bool = False) -> None:
     """Let Ctrl-C end the process in silence until `started`, and STOPS with the status that asks for the same
     command again; called first by packages that are run as `python -m`, and idle elsewhere.
 
     Args:
-        asked: the process is ours whatever it was started as: the console command.
+        is_command: the process is ours whatever it was started as: the console command.
     """
     module = sys.argv[:1] == ["-m"]  # as Python has it while it looks for the module that it was asked to run
-    if not (asked or module):
+    if not (is_command or module):
         return
     # a shell may have switched Ctrl-C off
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -72,11 +72,11 @@ class Lock:
     def wait(self, tell: Callable[[str], None], poll_seconds: float = 0.1) -> None:
         """Hold the lock alone, as soon as it is free; after `PATIENCE_SECONDS` tell once who holds it."""
         patience = time.monotonic() + PATIENCE_SECONDS
-        told = False
+        has_told = False
         while not self.take():
-            if not told and time.monotonic() > patience:
+            if not has_told and time.monotonic() > patience:
                 tell(self.holder() or self._signature() or "another process")
-                told = True
+                has_told = True
             time.sleep(poll_seconds)
 
     def sign(self) -> None:
@@ -130,7 +130,7 @@ class _Other:
     """
 
     number: str
-    held: bool
+    holds: bool
     shared: bool
     owner: Mapping[str, Any]
     age: float
@@ -166,7 +166,7 @@ class _Claim:
         self._write("want", shared)
         while True:
             against = [other for other in self._others() if not (shared and other.shared)]
-            self._against = [other for other in against if other.held or other.number < self._number]
+            self._against = [other for other in against if other.holds or other.number < self._number]
             if self._against:
                 self.withdraw()
                 return False

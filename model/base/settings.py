@@ -160,8 +160,8 @@ def _is_same(value: Any, choice: Any) -> bool:
 def _read_choice(choices: tuple[Any, ...], value: Any, path: str, faults: list[str]) -> Any:
     if any(_is_same(value, choice) for choice in choices):
         return value
-    known = [str(choice).lower() for choice in choices]
-    near = did_you_mean(str(value), known)
+    spellings = [str(choice).lower() for choice in choices]
+    near = did_you_mean(str(value), spellings)
     faults.append(f"{path}: unknown value {value!r}; {near}")
     return None
 
@@ -203,8 +203,8 @@ TYPE_NAMES: dict[Any, str] = {
 
 def _misfit(path: str, hint: Any, value: Any) -> str:
     """Report a value that is not of its type."""
-    wanted = _spell(hint)
-    return f"{path}: expected {wanted}; found {value!r}"
+    type_name = _spell(hint)
+    return f"{path}: expected {type_name}; found {value!r}"
 
 
 def _spell(hint: Any) -> str:

@@ -69,9 +69,9 @@ def derive(config: Config) -> Draft:
     complete, attribute_map = _completed(config)
     keys = Keys.of(complete, attribute_map)
     depth = complete[keys.layers]
-    kept = kept_layers(complete, depth)
-    tiny = shrunken(complete, keys.layers, kept)
-    stands = stand_ins(layer_kinds(complete, depth), kept)
+    layers = kept_layers(complete, depth)
+    tiny = shrunken(complete, keys.layers, layers)
+    stands = stand_ins(layer_kinds(complete, depth), layers)
     faults: list[Unfit] = []
     for candidate in _twins(tiny, keys):
         try:
@@ -98,8 +98,8 @@ def tiny_configs(config: Config) -> Iterator[dict[str, Any]]:
     complete, attribute_map = _completed(config)
     keys = Keys.of(complete, attribute_map)
     depth = complete[keys.layers]
-    kept = kept_layers(complete, depth)
-    tiny = shrunken(complete, keys.layers, kept)
+    numbers = kept_layers(complete, depth)
+    tiny = shrunken(complete, keys.layers, numbers)
     yield from _twins(tiny, keys)
     if twice := two_of_each_kind(complete, depth):
         yield from _twins(shrunken(complete, keys.layers, twice), keys)
@@ -141,7 +141,7 @@ def _draft(keys: Keys, tiny: dict[str, Any], blank: PreTrainedModel) -> Draft:
     axes = Axes(keys, tiny, shapes(tiny))
     model = build(tiny, "cpu")
     tokens = random_tokens(tiny, keys, seed=0)
-    seen = sightings(model, tokens)
+    tensors = sightings(model, tokens)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def weight_of(module: Any) -> str | None:
@@ -150,7 +150,7 @@ def _draft(keys: Keys, tiny: dict[str, Any], blank: PreTrainedModel) -> Draft:
 
     head = weight_of(model.get_output_embeddings())
     embedding = weight_of(model.get_input_embeddings())
-    return Draft(axes, seen, head, embedding)
+    return Draft(axes, tensors, head, embedding)
 
 
 def random_tokens(tiny: Config, keys: Keys, seed: int) -> torch.Tensor:

@@ -79,10 +79,10 @@ def _behaviour(module: torch.nn.Module, weight: torch.Tensor) -> tuple[str, floa
         out = module(inputs)
         doubled = module(2 * inputs)
         shifted = module(inputs + 5)
-        kept = stored_weight.clone()
+        original = stored_weight.clone()
         stored_weight.zero_()
         unscaled = module(inputs)
-        stored_weight.copy_(kept)
+        stored_weight.copy_(original)
     except Exception:  # a module that takes more than one tensor is no plain norm
         return None
     # A norm gives the same for twice the input, and is no plain product with its weight.

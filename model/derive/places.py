@@ -38,7 +38,7 @@ def find_places(model: PreTrainedModel) -> dict[str, Place]:
     state = _saved(model)
     names = list(state)
     tensors = list(state.values())
-    kept = [tensor.detach().clone() for tensor in tensors]
+    originals = [tensor.detach().clone() for tensor in tensors]
     places: dict[str, Place] = {}
     most_axes = max(tensor.ndim for tensor in tensors)
     for axis in range(most_axes):
@@ -52,10 +52,10 @@ def find_places(model: PreTrainedModel) -> dict[str, Place]:
             unknown_axes: list[int | None] = [None] * painted.ndim
             shape = tuple(painted.shape)
             unknown = Place(shape, names[number], unknown_axes)
-            place = places.setdefault(name, unknown)
+            site = places.setdefault(name, unknown)
             for dim in _varying(painted):
-                place.axes[dim] = axis
-    for tensor, values in zip(tensors, kept, strict=True):
+                site.axes[dim] = axis
+    for tensor, values in zip(tensors, originals, strict=True):
         tensor.data.copy_(values)
     return places
 

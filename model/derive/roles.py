@@ -125,7 +125,7 @@ class Draft:
 
     Attributes:
         axes: the probes; `axes.config` is the tiny config.
-        seen: every tensor of the tiny model.
+        tensors: every tensor of the tiny model.
         head, embedding: the parameters of the output head and of the embedding; the same where they are tied.
         choices: the decisions on what watching leaves open.
         stands: for each layer of the config that it was derived from, the layer of the tiny model that is of
@@ -133,7 +133,7 @@ class Draft:
     """
 
     axes: Axes
-    seen: Mapping[str, Sighting]
+    tensors: Mapping[str, Sighting]
     head: str | None
     embedding: str | None
     choices: Choices = Choices()
@@ -155,10 +155,10 @@ class Draft:
         """Tensor → its axes, head dims as numbers."""
 
         def axes(name: str) -> tuple[Axis, ...]:
-            count = len(self.seen[name].shape)
+            count = len(self.tensors[name].shape)
             return tuple(self._template(name, dim) for dim in range(count))
 
-        return {name: axes(name) for name in self.seen}
+        return {name: axes(name) for name in self.tensors}
 
     @cached_property
     def _may_have_blocks(self) -> bool:
@@ -188,8 +188,8 @@ class Draft:
         unnamed = self._unnamed[name]
         axis = unnamed[dim]
         leaf = leaf_of(name)
-        seen = self.seen[name]
-        length = seen.shape[dim]
+        sighting = self.tensors[name]
+        length = sighting.shape[dim]
         head = self._head_dim
         heads = self.axes.heads
         kv = self.axes.kv
@@ -199,7 +199,7 @@ class Draft:
             complete = length == fused_heads * head
             is_fused = complete and FUSED.search(leaf)
             return NAMED_FUSED[axis] if is_fused else None
-        over_one_head = seen.shape == (head,)
+        over_one_head = sighting.shape == (head,)
         if axis == OPEN and is_head_norm and over_one_head:
             return Space("qk")
         if axis not in HEADS:
@@ -208,7 +208,7 @@ class Draft:
         over_keys = length == kv * head
         if is_head_norm:
             return NAMED_QUERIES if over_queries else NAMED_KEY_NORM
-        if seen.reads[dim]:
+        if sighting.reads[dim]:
             return NAMED_OUTPUT if over_queries else None
         projections = (
             (QUERY, over_queries, NAMED_QUERIES),
@@ -223,8 +223,8 @@ class Draft:
     def _template(self, name: str, dim: int) -> Axis:
         """Recognise one axis by which config keys move its length; `?` where none or too many do."""
         axes = self.axes
-        seen = self.seen[name]
-        length = seen.shape[dim]
+        sighting = self.tensors[name]
+        length = sighting.shape[dim]
         if axis := self._of_mixer(name, dim):
             return axis
 
@@ -288,8 +288,8 @@ class Draft:
         Args:
             by_hidden: growth of the axis when the hidden size is doubled.
         """
-        seen = self.seen[name]
-        length = seen.shape[dim]
+        sighting = self.tensors[name]
+        length = sighting.shape[dim]
         hidden = self.axes.hidden
         parts, rest = divmod(length, hidden)
         beside_more = by_hidden == hidden < length
@@ -310,7 +310,7 @@ class Draft:
             return Parts((half, half))
         if parts == 1:
             return RESIDUAL
-        reads = seen.reads[dim]
+        reads = sighting.reads[dim]
         if parts in self._written or not reads:
             return inner(parts)
         streams = Space(str(parts))
@@ -323,9 +323,9 @@ class Draft:
         """
         hidden = self.axes.hidden
         lengths: set[int] = set()
-        for seen in self.seen.values():
-            if any(seen.reads):
-                sides = zip(seen.shape, seen.reads, strict=True)
+        for sighting in self.tensors.values():
+            if any(sighting.reads):
+                sides = zip(sighting.shape, sighting.reads, strict=True)
                 lengths |= {length for length, reads in sides if not reads}
         return {length // hidden for length in lengths if length % hidden == 0}
 
@@ -344,22 +344,22 @@ class Draft:
         rates: Axis = Product((GROUPS, head_space))
         dim_space = Space(mixer.dim)
         channels: Axis = Product((GROUPS, head_space, dim_space))
-        seen = self.seen[name]
-        length = seen.shape[dim]
+        sighting = self.tensors[name]
+        length = sighting.shape[dim]
         leaf = leaf_of(name)
         config = self.axes.config
         heads = int(config[mixer.heads])
-        if leaf == "in_proj" and not seen.reads[dim]:
+        if leaf == "in_proj" and not sighting.reads[dim]:
             complete = length > 2 * mixer.inner + heads
             return Parts((channels, channels, OPEN, rates)) if complete else None
         if leaf == "conv1d" and dim == 0:
             has_states = length > mixer.inner
             return Parts((channels, OPEN)) if has_states else channels
-        is_vector = len(seen.shape) == 1
-        is_of_channels = seen.reads[dim] or is_vector
+        is_vector = len(sighting.shape) == 1
+        is_of_channels = sighting.reads[dim] or is_vector
         if is_of_channels and length == mixer.inner:
             return channels
-        return rates if seen.shape == (heads,) else None
+        return rates if sighting.shape == (heads,) else None
 
     def _of_heads(self, name: str, length: int, queries: int, kv: int) -> Axis:
         """Recognise an axis over heads where the head dim is independent of the hidden size.
@@ -405,8 +405,8 @@ class Draft:
     def _coupled(self, name: str, dim: int, by_hidden: int, queries: int, kv: int) -> Axis:
         """Recognise an axis where the head dim is hidden size / heads, both of which are doubled together."""
         axes = self.axes
-        seen = self.seen[name]
-        length = seen.shape[dim]
+        sighting = self.tensors[name]
+        length = sighting.shape[dim]
         if kv == length:
             return self._of_kv(kv)
         if kv > 0:
@@ -429,18 +429,18 @@ class Draft:
         They are as many as the hidden size.
         """
         leaf = leaf_of(name)
-        seen = self.seen[name]
+        sighting = self.tensors[name]
         module = module_of(name)
         path, _, _ = module.rpartition(".")
-        has_kernel = f"{path}.conv.weight" in self.seen
-        into = self.seen.get(f"{path}.in_proj.weight")
+        has_kernel = f"{path}.conv.weight" in self.tensors
+        into = self.tensors.get(f"{path}.in_proj.weight")
         if into is None or not has_kernel:
             return False
         rows = into.shape[0]
         has_three_parts = rows == 3 * self.axes.hidden
         if not has_three_parts:
             return False
-        projection = "out_proj" if seen.reads[dim] else "in_proj"
+        projection = "out_proj" if sighting.reads[dim] else "in_proj"
         return leaf in ("conv", projection)
 
     def _is_heads(self, name: str, dim: int) -> bool:
@@ -449,23 +449,23 @@ class Draft:
         Queries, keys and values write it; the output projection reads it.
         """
         leaf = leaf_of(name)
-        seen = self.seen[name]
+        sighting = self.tensors[name]
         projections = (QUERY, KEY, VALUE)
         writes_heads = any(pattern.search(leaf) for pattern in projections)
-        reads = seen.reads[dim]
-        axis_count = len(seen.shape)
+        reads = sighting.reads[dim]
+        axis_count = len(sighting.shape)
         if axis_count == 1:
             is_norm = HEAD_NORM.search(leaf) is not None
             is_bias = name.endswith(".bias")
             return is_norm or (writes_heads and is_bias)
-        reads_once = seen.reads.count(True) == 1
+        reads_once = sighting.reads.count(True) == 1
         if axis_count != 2 or not reads_once:
             return False
         if writes_heads:
             return not reads
         path, _, _ = name.rpartition(f".{leaf}")
         in_attention = "att" in path.lower()
-        rows, columns = seen.shape
+        rows, columns = sighting.shape
         is_square = rows == columns
         return in_attention and is_square and reads
 
@@ -475,7 +475,7 @@ class Draft:
     def norm(self) -> Literal["layer", "rms"]:
         """The kind of most norms over the residual stream."""
         over_stream = [name for name, axes in self._unnamed.items() if axes == (RESIDUAL,)]
-        kinds = [self.seen[name].norm for name in over_stream]
+        kinds = [self.tensors[name].norm for name in over_stream]
         most_are_layer_norms = kinds.count("layer") >= kinds.count("rms")
         return "layer" if most_are_layer_norms else "rms"
 
@@ -485,7 +485,7 @@ class Draft:
 
         Cross-attention without an encoder, for one.
         """
-        unused = [name for name, seen in self.seen.items() if not seen.used]
+        unused = [name for name, sighting in self.tensors.items() if not sighting.used]
         return [name for name in unused if not self._stays(name)]
 
     @property
@@ -504,12 +504,12 @@ class Draft:
     def _writes_only(self, name: str) -> bool:
         """Check that a matrix, or the one of a bias, writes the residual stream and reads something else."""
         weight = f"{module_of(name)}.weight" if name.endswith(".bias") else name
-        seen = self.seen.get(weight)
-        if seen is None:
+        sighting = self.tensors.get(weight)
+        if sighting is None:
             return False
         axes = self._unnamed[weight]
         over_stream = [axis == RESIDUAL for axis in axes]
-        sides = zip(over_stream, seen.reads, strict=True)
+        sides = zip(over_stream, sighting.reads, strict=True)
         return sorted(sides) == [(False, True), (True, False)]  # (over the stream, read)
 
     def _stays(self, name: str) -> bool:
@@ -527,11 +527,11 @@ class Draft:
         """Number of learned positions stored beyond what the config says."""
         key = self.axes.keys.positions or ""
         config = self.axes.config
-        for name, seen in self.seen.items():
+        for name, sighting in self.tensors.items():
             axes = self.templates(name)
             if POSITIONS in axes:
                 dim = axes.index(POSITIONS)
-                stored = seen.shape[dim]
+                stored = sighting.shape[dim]
                 return stored - int(config[key])
         return 0
 

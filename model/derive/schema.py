@@ -140,7 +140,7 @@ def _lines(draft: Draft, config: Config, shapes: Shapes, called: Mapping[str, st
     layers_key = draft.axes.keys.layers
     count = int(config[layers_key])
     tiny_count = int(draft.axes.config[layers_key])
-    twins = _Twins(draft.seen, tiny_count, draft.stands)
+    twins = _Twins(draft.tensors, tiny_count, draft.stands)
     # One line for every tensor, by its twin in the tiny model.
     lines: dict[str, Line] = {}
     by_text = []
@@ -151,8 +151,8 @@ def _lines(draft: Draft, config: Config, shapes: Shapes, called: Mapping[str, st
             family = config["model_type"]
             raise Unfit(f"tensor {name!r} has no counterpart in a tiny model of family {family!r}")
         lines[name] = _line(draft, name, twin, config, shapes)
-        seen = draft.seen[twin]
-        if seen.by_text:
+        sighting = draft.tensors[twin]
+        if sighting.by_text:
             by_text.append(name)
     # The layers are the lists as long as the config says that some text goes through: not another tower's.
     stacks = _stacks(by_text, shapes, count)
@@ -177,39 +177,39 @@ def _is_in_weights_line(name: str, lines: Mapping[str, Line]) -> bool:
 
 def _line(draft: Draft, name: str, twin: str, config: Config, shapes: Shapes) -> Line:
     """Describe one tensor by the axes of its twin: a norm, a matrix or embedding, or a tensor as it is."""
-    seen = draft.seen[twin]
+    sighting = draft.tensors[twin]
     shape = shapes[name]
     templates = zip(draft.templates(twin), shape, strict=True)
     axes = [_filled(draft, template, length, name, config) for template, length in templates]
     is_weight = name.endswith(".weight")
     module = module_of(name)
     bias = shapes.get(f"{module}.bias") if is_weight else None
-    is_norm = is_weight and seen.norm is not None
+    is_norm = is_weight and sighting.norm is not None
     if is_norm and not _is_number(axes[0]):
         has_bias = bias == shape
-        return _norm_line(draft, seen, module, axes[0], has_bias=has_bias)
-    reads_once = seen.reads.count(True) == 1
-    has_sides = seen.indexed or reads_once
+        return _norm_line(draft, sighting, module, axes[0], has_bias=has_bias)
+    reads_once = sighting.reads.count(True) == 1
+    has_sides = sighting.indexed or reads_once
     is_matrix = is_weight and len(shape) == 2
     if is_matrix and has_sides:
-        transposed = seen.indexed or seen.reads[0]  # stored (in, out)
+        transposed = sighting.indexed or sighting.reads[0]  # stored (in, out)
         out, into = reversed(axes) if transposed else axes
-        power = _power(draft, seen.parameter, axes)
+        power = _power(draft, sighting.parameter, axes)
         width = shape[1] if transposed else shape[0]
         has_bias = bias == (width,)
         return Line(module, "linear", out, into, transposed=transposed, bias=has_bias, scaled=power)
-    pairs = zip(axes, seen.reads, strict=True)
+    pairs = zip(axes, sighting.reads, strict=True)
     sides = tuple(_read(axis) if reads else axis for axis, reads in pairs)
     return Line(name, "tensor", Product(sides), None, sides)
 
 
-def _norm_line(draft: Draft, seen: Sighting, module: str, axis: Axis, *, has_bias: bool) -> Line:
+def _norm_line(draft: Draft, sighting: Sighting, module: str, axis: Axis, *, has_bias: bool) -> Line:
     """Describe a norm by the space that it is over and where it stands."""
     over_stream = axis == RESIDUAL
-    role = seen.role if over_stream else "norm"
+    role = sighting.role if over_stream else "norm"
     if over_stream and role == "norm" and draft.choices.norms == "after":
         role = "post norm"
-    offset = 1.0 if seen.offset else 0.0
+    offset = 1.0 if sighting.offset else 0.0
     return Line(module, role, axis, None, bias=has_bias, offset=offset)
 
 

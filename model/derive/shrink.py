@@ -153,7 +153,7 @@ def place_tokens(config: Config) -> list[str]:
     """List the keys of tokens that hold the places of pictures and sounds in a text."""
     tokens = [key for key in config if key.endswith(TOKEN_KEYS)]
     tokens = [key for key in tokens if not of_text(key)]
-    return _whole(config, tokens)
+    return _integer_keys(config, tokens)
 
 
 def _small_rope(rope: Config, small: Config) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _small_rope(rope: Config, small: Config) -> dict[str, Any]:
 
 def _small_tower(tower: Config) -> dict[str, Any]:
     """Make a tower small that tokens do not go through."""
-    depths = _whole(tower, DEPTH_KEYS)
+    depths = _integer_keys(tower, DEPTH_KEYS)
     if not depths:
         small = _small_values(tower)
     else:
@@ -180,7 +180,7 @@ def _small_tower(tower: Config) -> dict[str, Any]:
         layers = (0, 1)[: tower[depth]]
         small = shrunken(tower, depth, layers)
     # What the text model reads of it stays narrow.
-    numbers = _whole(tower, tower)
+    numbers = _integer_keys(tower, tower)
     sizes = [key for key in numbers if key.endswith((*SIZES, "_channels"))]
     widths = filter(OUTPUT.search, sizes)
     outputs = {key: min(tower[key], 40) for key in widths}
@@ -188,12 +188,12 @@ def _small_tower(tower: Config) -> dict[str, Any]:
     ratio = tower.get("pixel_shuffle_ratio")
     if ratio:
         shuffled["intermediate_size"] = int(64 / ratio**2)  # Llama 4's projector reads it
-    heads = dict.fromkeys(_whole(tower, HEAD_KEYS), HEAD)
+    heads = dict.fromkeys(_integer_keys(tower, HEAD_KEYS), HEAD)
     picture = _small_picture(tower)
     return small | outputs | picture | shuffled | heads
 
 
-def _whole(config: Config, keys: Iterable[str]) -> list[str]:
+def _integer_keys(config: Config, keys: Iterable[str]) -> list[str]:
     """List those of some keys whose value in a config is a whole number."""
     return [key for key in keys if type(config.get(key)) is int]
 
@@ -371,7 +371,7 @@ def two_of_each_kind(config: Config, depth: int) -> tuple[int, ...]:
     return tuple(first) if several and few else ()
 
 
-def stand_ins(kinds: Sequence[str], kept: tuple[int, ...]) -> tuple[int, ...]:
+def stand_ins(kinds: Sequence[str], layers: tuple[int, ...]) -> tuple[int, ...]:
     """Find for each layer the place, among the kept ones, of one of its kind; for the last layer, of the last
     such.
 
@@ -380,7 +380,7 @@ def stand_ins(kinds: Sequence[str], kept: tuple[int, ...]) -> tuple[int, ...]:
     """
     if len(set(kinds)) == 1:
         return ()
-    numbered = list(enumerate(kept))
+    numbered = list(enumerate(layers))
     first = {kinds[layer]: number for number, layer in reversed(numbered)}
     last = {kinds[layer]: number for number, layer in numbered}
     places = [first[kind] for kind in kinds[:-1]]

@@ -52,14 +52,14 @@ def starts(config: Config) -> dict[str, Start]:
     further = [_once(model, built, seed) for seed in seeds]
     runs = [first, second, *further]
     # All else starts as its quantiles tell. They are few: tensors that start alike share them.
-    distinct = {id(seen): seen for seen in first.values()}
-    alike = {number: _start(seen) for number, seen in distinct.items()}
+    distinct = {id(contents): contents for contents in first.values()}
+    alike = {number: _start(contents) for number, contents in distinct.items()}
     followed = {}
-    for name, seen in first.items():
+    for name, contents in first.items():
         if name in by_chance:
             followed[name] = _drawn([run[name] for run in runs])
         else:
-            followed[name] = alike[id(seen)]
+            followed[name] = alike[id(contents)]
     lacking = [name for name in stored(model) if name not in followed]
     if not lacking:
         return followed
@@ -82,18 +82,18 @@ def _alike_in_twin(config: Config, names: list[str]) -> dict[str, Start]:
     }
 
 
-def _drawn(seen: list[torch.Tensor]) -> Start:
+def _drawn(samples: list[torch.Tensor]) -> Start:
     """The distribution of what the class works out by chance."""
-    entries = torch.cat([one.flatten() for one in seen])
+    entries = torch.cat([one.flatten() for one in samples])
     entries = entries.double()
     return Start(entries.sort().values.numpy())
 
 
-def _start(seen: torch.Tensor) -> Start:
-    values = seen.double().numpy()
+def _start(contents: torch.Tensor) -> Start:
+    values = contents.double().numpy()
     if values.size and (values == values.flat[0]).all():
         return Start(values.flatten()[:1])
-    are_quantiles = seen.shape == SHARES.shape
+    are_quantiles = contents.shape == SHARES.shape
     quantiles = np.sort(values, axis=None)
     return Start(quantiles, None if are_quantiles else values)
 
@@ -140,7 +140,7 @@ def _once(model: PreTrainedModel, built: _Pen, seed: int) -> dict[str, torch.Ten
     """
     with _started(model, built, seed) as pen:
         contents = {name: pen.of(tensor) for name, tensor in stored(model).items()}
-    return {name: seen for name, seen in contents.items() if seen is not None}
+    return {name: values for name, values in contents.items() if values is not None}
 
 
 @lru_cache(maxsize=64)
@@ -231,9 +231,9 @@ class _Pen(TorchDispatchMode):
         finally:
             TORCH_INIT_FUNCTIONS.update(own)
 
-    def _keep(self, tensor: torch.Tensor, seen: torch.Tensor | None) -> None:
+    def _keep(self, tensor: torch.Tensor, contents: torch.Tensor | None) -> None:
         self._alive.append(tensor)
-        self._seen[_storage(tensor)] = seen
+        self._seen[_storage(tensor)] = contents
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
@@ -315,17 +315,17 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return one is other or torch.equal(one, other)
 
 
-def _replayed(func: Any, seen: torch.Tensor | None, args: Any, kwargs: Any) -> torch.Tensor | None:
+def _replayed(func: Any, contents: torch.Tensor | None, args: Any, kwargs: Any) -> torch.Tensor | None:
     """An operation entry by entry, done to quantiles; None where it is another."""
     values = (*args, *kwargs.values())
     others = [value for value in values if isinstance(value, torch.Tensor)]
-    if seen is None:
+    if contents is None:
         return None
     if any(other.numel() > 1 for other in others):
         return None
     try:
-        out = func(seen, *args, **kwargs)
+        out = func(contents, *args, **kwargs)
     except Exception:  # of any kind, for an operation that a column of numbers does not have
         return None
-    same_shape = isinstance(out, torch.Tensor) and out.shape == seen.shape
+    same_shape = isinstance(out, torch.Tensor) and out.shape == contents.shape
     return out if same_shape else None

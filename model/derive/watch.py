@@ -99,17 +99,17 @@ def sightings(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Sightin
     watch = _Watch(model)
     by_text = _run(model, tokens, watch)
     norms = find_norms(model, watch.inputs, watch.outputs)
-    seen = {}
-    for name, place in places.items():
-        parameter = place.parameter
+    by_name = {}
+    for name, site in places.items():
+        parameter = site.parameter
         contracted = watch.contracted[parameter]
         used = parameter in watch.touched
-        reads = tuple(axis is not None and axis in contracted for axis in place.axes)
+        reads = tuple(axis is not None and axis in contracted for axis in site.axes)
         if not used:
             reads = _by_class(model, parameter, reads)
         norm = norms.get(parameter, NO_NORM)
-        seen[name] = Sighting(
-            shape=place.shape,
+        by_name[name] = Sighting(
+            shape=site.shape,
             parameter=parameter,
             reads=reads,
             indexed=parameter in watch.indexed,
@@ -121,9 +121,9 @@ def sightings(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Sightin
         )
     # counters and masks
     for name, tensor in stored(model).items():
-        if name not in seen:
-            seen[name] = _unread(name, tensor)
-    return seen
+        if name not in by_name:
+            by_name[name] = _unread(name, tensor)
+    return by_name
 
 
 def _run(model: PreTrainedModel, tokens: torch.Tensor, watch: _Watch) -> set[str]:
@@ -212,10 +212,10 @@ class _Watch(TorchDispatchMode):
         """
         if not isinstance(tensor, torch.Tensor):
             return None
-        known = self._axes.get(_storage(tensor))
-        if known is None:
+        entry = self._axes.get(_storage(tensor))
+        if entry is None:
             return None
-        name, axes = known
+        name, axes = entry
         sizes = zip(tensor.stride(), tensor.shape, strict=True)
         return name, [axes.get(stride) if length > 1 else None for stride, length in sizes]
 
@@ -224,17 +224,17 @@ class _Watch(TorchDispatchMode):
         out = func(*args, **named)
         packet = func.overloadpacket
         # Every parameter among the arguments: position → (name, its axis for each dim).
-        known = {}
+        sides = {}
         for position, argument in enumerate(args):
             side = self.axes_of(argument)
             if side is not None:
-                known[position] = side
-        self.touched.update(name for name, _ in known.values())
+                sides[position] = side
+        self.touched.update(name for name, _ in sides.values())
         contracted = CONTRACTIONS.get(packet, ())
         for position, dim in contracted:
-            self._contract(known.get(position), dim)
-        first = known.get(0)
-        second = known.get(1)
+            self._contract(sides.get(position), dim)
+        first = sides.get(0)
+        second = sides.get(1)
         if packet is aten.convolution and second is not None:
             kernel, _ = second
             self.convolved.add(kernel)

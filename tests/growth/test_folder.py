@@ -26,7 +26,7 @@ from outgrow.growth import grow, plan
 from outgrow.growth import grow as grow_function
 from outgrow.growth.card import model_card
 from outgrow.growth.verify import loaded_otherwise
-from outgrow.model.base.atomic import whole
+from outgrow.model.base.atomic import make_whole
 from outgrow.model.base.errors import UserError
 from outgrow.model.checkpoint import Checkpoint
 
@@ -115,7 +115,7 @@ def test_at_every_moment_there_is_the_old_folder_or_the_new_one(tmp_path: Path) 
     reader = threading.Thread(target=look)
     reader.start()
     for number in range(500):
-        with whole(out) as partial:
+        with make_whole(out) as partial:
             partial.mkdir()
             (partial / "config.json").write_text(str(number))
     done = True
@@ -129,7 +129,7 @@ def test_a_file_system_that_cannot_exchange_folders_replaces_them_all_the_same(
 ) -> None:
     monkeypatch.setattr(outgrow.model.base.atomic, "exchange", lambda *_: False)
     for text in ("old", "new"):
-        with whole(tmp_path / "out") as partial:
+        with make_whole(tmp_path / "out") as partial:
             partial.mkdir()
             (partial / "file").write_text(text)
     assert (tmp_path / "out" / "file").read_text() == "new"

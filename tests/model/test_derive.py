@@ -61,8 +61,8 @@ def test_the_worked_example_is_what_the_class_shows() -> None:
     assert probes.by_kv is not None
     moved = (probes.by_hidden, probes.by_queries, probes.by_kv, probes.by_key[probes.keys.ffn])
     for ending, cells in shown.items():
-        name = next(name for name in draft.seen if name.endswith(f".{ending}"))
-        seen = draft.seen[name]
+        name = next(name for name in draft.tensors if name.endswith(f".{ending}"))
+        seen = draft.tensors[name]
         axes = zip(seen.shape, seen.reads, strict=True)
         twin = ", ".join(f"[{length}]" if reads else str(length) for length, reads in axes)
         shapes_moved = [", ".join(map(str, shapes[name])) for shapes in moved]

@@ -118,9 +118,9 @@ def test_whether_positions_restart_under_masks_that_are_handed_over(name: str, r
     """BART's decoder takes no positions: it counts its own, over the whole row."""
     found = seen(name)
     assert found.same(found.masked_leak)
-    assert found.same(found.place) is restart
-    assert restart or (found.place.value or 0.0) > 0.01
-    assert seen("llama").place.reason == "positions that restart are enough"
+    assert found.same(found.shift) is restart
+    assert restart or (found.shift.value or 0.0) > 0.01
+    assert seen("llama").shift.reason == "positions that restart are enough"
 
 
 def test_masks_that_forget_a_sliding_window_are_no_cure(monkeypatch: pytest.MonkeyPatch) -> None:

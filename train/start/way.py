@@ -89,8 +89,8 @@ def find_way(
         masked = True
         leak = f"positions that restart do not keep documents apart ({_difference(answers, 'leak')})"
         lines.append(f"{title}: {leak}: their masks are handed over")
-        if not answers.same(answers.place):
-            difference = _difference(answers, "place")
+        if not answers.same(answers.shift):
+            difference = _difference(answers, "shift")
             lines.append(
                 f"{title}: positions do not restart in a document, they count from the row's start "
                 f"({difference})"
