@@ -127,7 +127,9 @@ def _step(plan: Plan, step: Step, moment: str, rule: Rule) -> Step:
     is_reset = rule == "reset" or share == 0
     source = step.source
     if rule == "copied":
-        begins_idle = step.zero and plan.change is None  # its weights alone are no copy of the layer's
+        # writers of a layer that begins as the identity copy no weights; in a mixture an expert's name tells
+        # no source tensor to take theirs from
+        begins_idle = step.zero and plan.change is None
         source = plan.source_name(step.tensor) if begins_idle else source
         all_new = False
     if is_reset or source is None or all_new:

@@ -202,6 +202,34 @@ def test_stacks_of_experts_grow_their_momentum(tmp_path: Path, name: str) -> Non
         assert all(torch.equal(moment, mine[parameter][key]) for key, moment in entry.items()), parameter
 
 
+@pytest.mark.slow
+def test_routers_and_experts_that_are_new_begin_at_zero() -> None:
+    """An MLP's matrices have momentum alone; a router is of no source tensor, and is Muon's too."""
+    source = random_model(config_of("llama"))
+    target = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    made = plan_of(source, target, "upcycle", noise=0.0)
+    grown, mine = grown_state(source, made)
+    grown.set_experts_implementation("eager")  # the fused kernels know no float64
+    theirs = state_of(trained(grown, muon(grown)), grown)
+    for name, entry in mine.items():
+        assert entry.keys() == theirs[name].keys()
+        is_new = ".experts." in name or ".gate." in name
+        moments = [moment for key, moment in entry.items() if key != "step"]
+        assert all(bool(moment.any()) != is_new for moment in moments), name
+
+
+@pytest.mark.slow
+def test_a_family_without_a_schema_keeps_its_first_layers() -> None:
+    source = random_model(stranger("starcoder2"))
+    made = plan_of(source, {"num_hidden_layers": 6}, depth="stack")
+    old = state_of(trained(source, muon(source)), source)
+    _, new = grown_state(source, made, "kept")
+    for name, entry in new.items():
+        is_copy = any(f".layers.{number}." in name for number in (3, 4, 5))
+        for key in entry.keys() - {"step"}:
+            assert not entry[key].any() if is_copy else torch.equal(entry[key], old[name][key]), name
+
+
 @pytest.mark.parametrize(("made_by", "goes_on"), [(adam, muon), (muon, adam)])
 def test_the_state_of_another_optimizer_is_refused(
     phi_config: dict[str, Any], made_by: Any, goes_on: Any

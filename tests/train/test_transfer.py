@@ -169,8 +169,9 @@ def test_new_entries_alone_warm_up(overrides: list[str], source: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "moment"), [("adamw", "exp_avg"), ("muon", "momentum_buffer")])
 def test_a_run_that_goes_on_from_a_frozen_one_takes_over_the_state_of_what_was_trained(
-    overrides: list[str], source: Path, tmp_path: Path
+    overrides: list[str], source: Path, tmp_path: Path, optimizer: str, moment: str
 ) -> None:
     frozen = loop.train(
         grown(
@@ -181,15 +182,16 @@ def test_a_run_that_goes_on_from_a_frozen_one_takes_over_the_state_of_what_was_t
             "transfer=frozen",
             DEEPER,
             "train.keep_optimizer=true",
+            f"optimizer={optimizer}",
         )
     )
     state = read_optimizer(frozen / "final", plan(read_config(frozen / "final"), {}))
     assert state.step == 6
     for name in ("model.layers.0.mlp.fc1.weight", "model.layers.1.mlp.fc1.weight"):
-        assert bool(torch.as_tensor(state.moments.tensors[f"exp_avg.{name}"]).any()) is ("layers.1." in name)
-    on = loop.train(
-        grown(overrides, frozen / "final", tmp_path / "on", "growth=source", "transfer=continued")
-    )
+        is_trained = bool(torch.as_tensor(state.moments.tensors[f"{moment}.{name}"]).any())
+        assert is_trained is ("layers.1." in name)
+    own = ["growth=source", "transfer=continued", f"optimizer={optimizer}"]
+    on = loop.train(grown(overrides, frozen / "final", tmp_path / "on", *own))
     assert (on / "summary.json").is_file()
 
 
