@@ -69,9 +69,9 @@ def _obstacle(model: Any) -> str | None:
             "function of what was put on it"
         )
     classes = library_class(model.config)._model_mapping
-    known = classes.get(type(model.config), None)
-    if known is not None and not isinstance(model, known):
-        return f"a language model with its head is grown; give the {known.__name__} that it is a part of"
+    head_class = classes.get(type(model.config), None)
+    if head_class is not None and not isinstance(model, head_class):
+        return f"a language model with its head is grown; give the {head_class.__name__} that it is a part of"
     return None
 
 

@@ -187,8 +187,8 @@ def _steps(plan: Decision) -> Iterator[str]:
         if key not in expected:
             recipe = plan.recipe.spaces_only()
             expected[key] = recipe.maps(step.tensor)
-        wanted = expected[key]
-        pairs = zip(step.maps, wanted, strict=True)
+        targets = expected[key]
+        pairs = zip(step.maps, targets, strict=True)
         fitting = [own is of_spaces or own == of_spaces for own, of_spaces in pairs]
         if not all(fitting):
             fault = (
@@ -307,12 +307,12 @@ def _uniform(write: AxisMap) -> bool:
 def _kept_first(space: str, expansion: Expansion) -> Iterator[str]:
     """Check that old tokens and positions stay where they are; new ones may be anything."""
     for side in (expansion.write, expansion.read):
-        kept = slice(0, side.source)
-        unscaled = side.gain[kept] == 1
-        in_copies = side.copies[kept]
+        first = slice(0, side.source)
+        unscaled = side.gain[first] == 1
+        in_copies = side.copies[first]
         copied = in_copies.all() and unscaled.all()
         own = np.arange(side.source)
-        in_place = np.array_equal(side.index[kept], own)
+        in_place = np.array_equal(side.index[first], own)
         if not copied or not in_place:
             yield f"{space}: its {side.source} old indices do not stay where they are"
             return
@@ -341,11 +341,11 @@ def _residual(plan: Decision, expansion: Expansion) -> Iterator[str]:
         yield f"residual: all {n} source indices are lost"
         return
     is_layer_norm = growth.family.norm == "layer"
-    kept = Fill.MEAN if is_layer_norm else Fill.ZERO
+    fill = Fill.MEAN if is_layer_norm else Fill.ZERO
     new = write.fill[~write.copies]
-    if (new != kept).any():
+    if (new != fill).any():
         yield (
-            f"residual: new indices hold other than {kept.name.lower()}, which changes the norms' statistics"
+            f"residual: new indices hold other than {fill.name.lower()}, which changes the norms' statistics"
         )
     is_mean = write.fill == Fill.MEAN
     scaled = write.gain[write.copies | is_mean]

@@ -21,27 +21,27 @@ from outgrow.model.notation import Space
 
 
 def copied(
-    source: Config, mixture: Mixture, wanted: dict[str, Any], asked: ExpertCopy, within: Callable[..., Plan]
+    source: Config, mixture: Mixture, sizes: dict[str, Any], options: ExpertCopy, within: Callable[..., Plan]
 ) -> Plan:
     """The plan of a mixture into one with more experts."""
     before = mixture.size(source, mixture.count_key(source))
-    count = needed(wanted, mixture, mixture.count)
+    count = needed(sizes, mixture, mixture.count)
     chosen_before = mixture.size(source, mixture.top_k)
     if count % before or count == before:
         raise UserError(
             f"target: {mixture.count} {count} is no multiple of the source's {before} above it, so experts "
             "do not divide"
         )
-    chosen = wanted.get(mixture.top_k, chosen_before)
+    chosen = sizes.get(mixture.top_k, chosen_before)
     config = {mixture.top_k: chosen}
     if mixture.size(config, mixture.top_k) > count:
         most = f"{mixture.count} {count}"
         fault = f"{mixture.top_k} {chosen} is more than {most}"
         raise UserError(f"target: {fault}")
     own = {mixture.count, mixture.top_k}
-    dense = without(wanted, own)
+    dense = without(sizes, own)
     family = mixture.family(source)
-    dense_plan = within(dense, asked.width, family=family)
+    dense_plan = within(dense, options.width, family=family)
     count_key = mixture.count_key(source)
     config = {**dense_plan.target_config, count_key: count, mixture.top_k: chosen}
     family = mixture.family(config)
@@ -52,7 +52,7 @@ def copied(
     growth = replace(dense_plan.growth, family=family, target_config=config, origin=dense_plan.family)
     routed = routed_tensors(mixture, config, count)
     shared = mixture.shared_size(config)
-    change = Change(dense_plan, mixture, asked, config, experts, routed, shared, chosen_before)
+    change = Change(dense_plan, mixture, options, config, experts, routed, shared, chosen_before)
     copies = AxisMap.of(before, np.arange(count) // times)
     steps = tuple(_copies(change, family, copies))
     expansions = dict(dense_plan.recipe.expansions)
@@ -67,9 +67,9 @@ def copied(
 
 def _copies(change: Change, family: Family, copies: AxisMap) -> Iterator[Step]:
     """Every tensor of the larger mixture, of the plan with the source's number of experts."""
-    asked = change.asked
+    options = change.options
     own_steps = {step.name: step for step in change.within.steps}
-    assert isinstance(asked, ExpertCopy)
+    assert isinstance(options, ExpertCopy)
     for tensor in family.tensors(change.config):
         if tensor.tied:
             continue
@@ -86,6 +86,6 @@ def _copies(change: Change, family: Family, copies: AxisMap) -> Iterator[Step]:
             axes = zip(tensor.axes, step.maps, strict=True)
             maps = tuple(copies if axis == Space(EXPERT) else grown for axis, grown in axes)
             is_router = tensor.pattern == f"{change.mixture.router}.weight"
-            is_moved = is_router and asked.delta > 0
-            finish = Finish(jitter=asked.delta) if is_moved else None
+            is_moved = is_router and options.delta > 0
+            finish = Finish(jitter=options.delta) if is_moved else None
             yield replace(step, tensor=tensor, maps=maps, finish=finish)

@@ -34,7 +34,7 @@ class Sparse(Protocol):
         """The plan in the source's own family."""
 
     @property
-    def asked(self) -> object:
+    def options(self) -> object:
         """The operator's options."""
 
     @property

@@ -182,10 +182,10 @@ class AxisMap:
         are many.
         """
         is_copy = self.fill == Fill.COPY
-        taken = is_copy | (self.fill == Fill.NEXT)
+        has_source = is_copy | (self.fill == Fill.NEXT)
         fresh = self.fill == Fill.RANDOM
         positions = np.arange(self.target)
-        source = np.where(taken, self.index, positions)
+        source = np.where(has_source, self.index, positions)
         source[fresh] = np.arange(fresh.sum())
         pieces: dict[_Alike, list[Piece]] = {}
         first: dict[_Content, Strips] = {}  # the first target columns with this content
@@ -198,7 +198,7 @@ class AxisMap:
             column = int(source[run.start])
             columns = Strips(column, width)
             like = target
-            if taken[run.start]:
+            if has_source[run.start]:
                 content = (fill, gain, columns.first, width)
                 like = first.setdefault(content, target)
             is_first = like is target

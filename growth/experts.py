@@ -42,7 +42,7 @@ class Change:
     Attributes:
         within: the plan in that family.
         mixture: the target's family.
-        asked: the operator's options.
+        options: the operator's options.
         config: of the target.
         experts: in the order of their numbers, in every layer that has them.
         routed: target tensor → its expert's number, for the matrices of routed experts; router tensors have
@@ -53,7 +53,7 @@ class Change:
 
     within: Decision
     mixture: Mixture
-    asked: Upcycling | ExpertCopy
+    options: Upcycling | ExpertCopy
     config: Config
     experts: tuple[Expert, ...]
     routed: Mapping[str, int]
@@ -107,7 +107,7 @@ class Change:
         """
         if step.name not in self.routed:
             return 1.0
-        if isinstance(self.asked, Upcycling):
+        if isinstance(self.options, Upcycling):
             return 0.0
         # of router rows the map counts the copies
         is_router = self.routed[step.name] < 0
@@ -125,7 +125,7 @@ class Change:
     @property
     def moments_lost(self) -> Iterator[str]:
         """Reasons why moments of experts and routers are not those of the mixture's own gradients."""
-        if isinstance(self.asked, Upcycling):
+        if isinstance(self.options, Upcycling):
             yield (
                 "experts and routers start with moments of zero: each expert sees the tokens that are sent "
                 "to it, the MLP saw all"
@@ -149,12 +149,12 @@ class Change:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        asked = dict(vars(self.asked))
-        asked.pop("width", None)
+        options = dict(vars(self.options))
+        options.pop("width", None)
         return {
             "from": self.within.family.name,
             "width": self.within.operator,
-            **asked,
+            **options,
             "experts": [[expert.source, expert.start, expert.stop, expert.row] for expert in self.experts],
             "chosen": self.chosen,
             "shared": self.shared,
@@ -168,15 +168,15 @@ def _alike(one: Expert, other: Expert) -> bool:
     return same_units and one.source == other.source
 
 
-def needed(wanted: Config, mixture: Mixture, key: str) -> int:
+def needed(sizes: Config, mixture: Mixture, key: str) -> int:
     """A size that the target must name.
 
     Raises:
         UserError: it does not.
     """
-    if key not in wanted:
+    if key not in sizes:
         raise UserError(f"target: {key} is missing, which {mixture.name!r} needs")
-    return mixture.size(wanted, key)
+    return mixture.size(sizes, key)
 
 
 def routed_tensors(mixture: Mixture, config: Config, count: int) -> dict[str, int]:

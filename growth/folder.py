@@ -214,19 +214,19 @@ def complete_or_absent(
         UserError: `out` may not be made or replaced (`Place.check`), another process is filling it, or the
             disk is full or not writable.
     """
-    place = Place(Path(out), overwrite, tuple(reads))
-    with disk_faults(place.out), place.open() as lock:
+    folders = Place(Path(out), overwrite, tuple(reads))
+    with disk_faults(folders.out), folders.open() as lock:
         if not lock.take():
             raise UserError(
-                f"out: another process is writing {place.partial}; wait for it, or choose another folder"
+                f"out: another process is writing {folders.partial}; wait for it, or choose another folder"
             )
-        place.check_again(lock)
+        folders.check_again(lock)
         try:
-            place.clear()
-            yield place.partial
-            place.publish()
+            folders.clear()
+            yield folders.partial
+            folders.publish()
         except BaseException:
-            place.discard()
+            folders.discard()
             raise
 
 
@@ -331,7 +331,7 @@ def _few(names: list[str]) -> str:
 
 
 @contextmanager
-def disk_faults(out: Path, kept: str = "nothing was kept") -> Iterator[None]:
+def disk_faults(out: Path, outcome: str = "nothing was kept") -> Iterator[None]:
     """Tell a full or protected disk, and a path that cannot be, as a UserError that says what was kept."""
     try:
         yield
@@ -341,27 +341,27 @@ def disk_faults(out: Path, kept: str = "nothing was kept") -> Iterator[None]:
                 next(parent for parent in (out, *out.absolute().parents) if parent.exists())
             ).free
             raise UserError(
-                f"out {out}: the disk is full ({free:,} bytes free); {kept}; free space or choose another "
+                f"out {out}: the disk is full ({free:,} bytes free); {outcome}; free space or choose another "
                 "disk"
             ) from None
         if fault.errno == errno.ENOTEMPTY:
             raise UserError(
-                f"out {out}: has appeared meanwhile and is not replaced; {kept}; choose another folder"
+                f"out {out}: has appeared meanwhile and is not replaced; {outcome}; choose another folder"
             ) from None
         if fault.errno == errno.EFBIG:
             raise UserError(
                 f"out {out}: a file would be larger than the file system, or a limit of this process "
-                f"(ulimit -f), allows; {kept}; make smaller files (max_shard_gb), or choose another disk"
+                f"(ulimit -f), allows; {outcome}; make smaller files (max_shard_gb), or choose another disk"
             ) from None
         if fault.errno in _EXHAUSTED:
             raise UserError(
-                f"out {out}: more files would be open at once than are allowed ({fault.strerror}); {kept}; "
-                "make larger files (max_shard_gb), or raise the limit (ulimit -n)"
+                f"out {out}: more files would be open at once than are allowed ({fault.strerror}); "
+                f"{outcome}; make larger files (max_shard_gb), or raise the limit (ulimit -n)"
             ) from None
         if fault.errno is None:  # no answer of the system's
             raise
         where = f": {fault.filename}" if fault.filename else ""
         raise UserError(
-            f"out {out}: cannot be written ({fault.strerror}{where}); {kept}; choose a folder you may "
+            f"out {out}: cannot be written ({fault.strerror}{where}); {outcome}; choose a folder you may "
             "write to"
         ) from None

@@ -21,7 +21,7 @@ from outgrow.growth.engine.workers import Worker, agreement, publish_shared, sha
 from outgrow.growth.folder import Place, complete_or_absent
 from outgrow.growth.learned.kept import remove_pieces
 from outgrow.growth.learned.lessons import KEPT, LEARNED
-from outgrow.growth.moments import OPTIMIZER, STATE, Rule, inexact, moments_plan, told
+from outgrow.growth.moments import OPTIMIZER, STATE, Rule, describe_moments, inexact, moments_plan
 from outgrow.growth.operators import options_of
 from outgrow.growth.plan import Plan
 from outgrow.growth.planning import plan
@@ -200,8 +200,8 @@ def grow(
         read = [*checkpoint.files]
         if optimizer_path is not None:
             read.append(optimizer_path)
-        place = Place(out, overwrite, tuple(read))
-        grown = work.alone(place) if worker is None else work.shared(place, Worker.parse(worker))
+        folders = Place(out, overwrite, tuple(read))
+        grown = work.alone(folders) if worker is None else work.shared(folders, Worker.parse(worker))
     if grown.learned is not None:
         remove_pieces(pieces)
     return grown
@@ -233,19 +233,19 @@ class _Work:
     progress: Callable[[int, int], None] | None
     learning: Callable[[float, float], None] | None
 
-    def alone(self, place: Place) -> Grown:
+    def alone(self, folders: Place) -> Grown:
         """Write the folder, in this process."""
-        with complete_or_absent(place.out, overwrite=place.overwrite, reads=place.reads) as folder:
+        with complete_or_absent(folders.out, overwrite=folders.overwrite, reads=folders.reads) as folder:
             self._write(self.plan, self.reader, folder, self.shards)
             receipt, learned = self._complete(folder)
-        return self._grown(place, receipt, learned=learned)
+        return self._grown(folders, receipt, learned=learned)
 
-    def shared(self, place: Place, worker: Worker) -> Grown:
+    def shared(self, folders: Place, worker: Worker) -> Grown:
         """Write one worker's part; the folder too when it is the last."""
         shards = self.shards
         worker.share(shards)  # tells too many workers before anything is made
         agreed = agreement(self.plan, self.source, shards, worker)
-        with shared_partial(place, worker, agreed) as shared:
+        with shared_partial(folders, worker, agreed) as shared:
             write_share(
                 self.plan,
                 self.reader,
@@ -257,18 +257,18 @@ class _Work:
                 progress=self.progress,
             )
             if not shared.is_complete(shards):
-                return self._grown(place, None, complete=False)
+                return self._grown(folders, None, complete=False)
             try:
                 receipt, learned = self._complete(shared.folder)
                 publish_shared(shared, worker)
             except UserError:
-                place.discard()
+                folders.discard()
                 raise
-        return self._grown(place, receipt, learned=learned)
+        return self._grown(folders, receipt, learned=learned)
 
-    def _grown(self, place: Place, receipt: Receipt | None, **state: Any) -> Grown:
+    def _grown(self, folders: Place, receipt: Receipt | None, **state: Any) -> Grown:
         notes = self.provenance.notes
-        return Grown(place.out, self.plan, receipt, notes=notes, **state)
+        return Grown(folders.out, self.plan, receipt, notes=notes, **state)
 
     def _complete(self, folder: Path) -> tuple[Receipt | None, dict[str, Any] | None]:
         """Write and verify what a folder holds besides its shards."""
@@ -297,7 +297,7 @@ class _Work:
         shards = shards_of(moments, self.max_shard_bytes)
         self._write(moments, optimizer.moments, folder, shards)
         write_index(folder, shards)
-        rule = told(self.plan, self.rule)
+        rule = describe_moments(self.plan, self.rule)
         reasons = list(inexact(self.plan, self.rule))
         state = {"step": optimizer.step, "rule": rule, "inexact": reasons}
         text = json.dumps(state, indent=1)

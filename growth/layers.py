@@ -223,8 +223,8 @@ def among_kinds(source: Sequence[Hashable], target: Sequence[Hashable]) -> Layer
         free = [number for number in between if target[number] == kind]
         # The first of a kind works at once, so that new layers of this kind come after it.
         has_earlier = kind in source[:layer]
-        wanted = plain.index(layer) if has_earlier else free[0]
-        position = min(free, key=lambda number: abs(number - wanted))
+        goal = plain.index(layer) if has_earlier else free[0]
+        position = min(free, key=lambda number: abs(number - goal))
         working[position] = layer
     layers = []
     for number, kind in enumerate(target):

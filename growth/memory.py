@@ -64,11 +64,11 @@ def plan_of(model: PreTrainedModel, target: Target, operator: str = "lossless", 
     grown_plan = plan(config_of(model), target, operator, **how)
     if grown_plan.lesson is not None:
         raise UserError(f"operator {operator!r}: learns in a folder; save the model and use growth.grow")
-    held = _Held(_tensors(model))
+    tensors = _Held(_tensors(model))
     checked: Decision = grown_plan
     if grown_plan.change is not None:
         checked = grown_plan.change.within
-    dtypes = check_tensors(held, checked.growth, checked.steps)
+    dtypes = check_tensors(tensors, checked.growth, checked.steps)
     return replace(grown_plan, dtypes=dtypes)
 
 
@@ -127,22 +127,22 @@ def follow(
 def _tensors(model: PreTrainedModel) -> Tensors:
     from outgrow.model.conversion import in_file
 
-    held = _untied(model)
+    state = _untied(model)
     blank = meta_model(config_of(model))
     for name, other in blank.all_tied_weights_keys.items():
-        both = name in held and other in held
-        if both and not held[name].equal(held[other]):
+        both = name in state and other in state
+        if both and not state[name].equal(state[other]):
             raise UserError(
                 f"the model in memory: its config ties {name} to {other}, and they differ; set "
                 "tie_word_embeddings to False"
             )
-    known = blank.state_dict().keys()
-    if strange := [name for name in held if name not in known]:
+    names = blank.state_dict().keys()
+    if strange := [name for name in state if name not in names]:
         raise UserError(
             f"the model in memory: unknown {names_of(strange)}, which a {type(model).__name__} of its "
             "config does not have"
         )
-    stored = in_file(config_of(model), held)
+    stored = in_file(config_of(model), state)
     return Tensors({name: tensor.detach() for name, tensor in stored.items()})
 
 

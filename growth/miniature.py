@@ -32,17 +32,17 @@ def miniature(draft: Draft, source: Config, target: Config, depth: str | Sequenc
     heads = _heads(draft, source, target)
     hidden = _hidden(draft, source, target, heads)
     streams = draft.axes.stream_keys
-    wanted = dict.fromkeys(streams, hidden) | heads
+    sizes = dict.fromkeys(streams, hidden) | heads
     widths = (keys.ffn, *keys.more, *states)
     for key in filter(None, widths):
         before = source.get(key)
         if key in tiny and before:
             after = target.get(key) or before
             own = int(tiny[key])
-            wanted[key] = scaled(own, before, after)
-    wanted |= _head_dim(draft, source, target)
-    keys_changed = [key for key, size in wanted.items() if size != tiny.get(key)]
-    changes = {key: wanted[key] for key in keys_changed if _differs(key, source, target)}
+            sizes[key] = scaled(own, before, after)
+    sizes |= _head_dim(draft, source, target)
+    keys_changed = [key for key, size in sizes.items() if size != tiny.get(key)]
+    changes = {key: sizes[key] for key in keys_changed if _differs(key, source, target)}
     # A few more tokens, positions and layers.
     for key in filter(None, (keys.vocab, keys.positions)):
         if target.get(key) != source.get(key):

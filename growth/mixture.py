@@ -47,25 +47,25 @@ def changed_plan(
     Raises:
         UserError: the families' other tensors differ, experts or units do not divide, a size is missing, …
     """
-    asked = _asked(operator, options)
-    wanted = _wanted(target)
-    own_kind = source["model_type"] if isinstance(asked, ExpertCopy) else None
-    kind = wanted.pop("model_type", own_kind)
-    mixture = _mixture(source, kind, wanted, asked)
+    request = _request(operator, options)
+    sizes = _target_sizes(target)
+    own_kind = source["model_type"] if isinstance(request, ExpertCopy) else None
+    kind = sizes.pop("model_type", own_kind)
+    mixture = _mixture(source, kind, sizes, request)
 
     def spelling(key: str) -> str:
         return mixture.count if key in mixture.aliases else key
 
-    wanted = {spelling(key): value for key, value in wanted.items()}
-    _check_keys(source, mixture, wanted)
-    if isinstance(asked, ExpertCopy):
-        plan = copied(source, mixture, wanted, asked, within)
+    sizes = {spelling(key): value for key, value in sizes.items()}
+    _check_keys(source, mixture, sizes)
+    if isinstance(request, ExpertCopy):
+        plan = copied(source, mixture, sizes, request, within)
     else:
-        plan = upcycled(source, mixture, wanted, asked, within)
+        plan = upcycled(source, mixture, sizes, request, within)
     return replace(plan, operator=operator, options=dict(options), noise=noise)
 
 
-def _asked(operator: str, options: Mapping[str, Any]) -> Upcycling | ExpertCopy:
+def _request(operator: str, options: Mapping[str, Any]) -> Upcycling | ExpertCopy:
     """The operator's options, read.
 
     Raises:
@@ -73,11 +73,11 @@ def _asked(operator: str, options: Mapping[str, Any]) -> Upcycling | ExpertCopy:
     """
     from outgrow.growth.operators import OPERATORS, options_of
 
-    known = options_of(operator)
+    names = options_of(operator)
     faults = [
-        f"unknown option of operator {operator!r}: {name!r}; {did_you_mean(name, known)}"
+        f"unknown option of operator {operator!r}: {name!r}; {did_you_mean(name, names)}"
         for name in options
-        if name not in known
+        if name not in names
     ]
     UserError.collect(faults)
     width = options.get("width", "lossless")
@@ -87,7 +87,7 @@ def _asked(operator: str, options: Mapping[str, Any]) -> Upcycling | ExpertCopy:
     return CHANGES[operator](**options)
 
 
-def _wanted(target: Any) -> dict[str, Any]:
+def _target_sizes(target: Any) -> dict[str, Any]:
     """Overrides that the target asks for."""
     if hasattr(target, "to_dict"):
         entries = flat(target.to_dict())
@@ -110,43 +110,43 @@ def _wanted(target: Any) -> dict[str, Any]:
     return without(entries, NEUTRAL)
 
 
-def _mixture(source: Config, kind: Any, wanted: Config, asked: Upcycling | ExpertCopy) -> Mixture:
+def _mixture(source: Config, kind: Any, sizes: Config, request: Upcycling | ExpertCopy) -> Mixture:
     """The rule of the target's family.
 
     Raises:
         UserError: there is none, or the other tensors of the two families differ; the message names them.
     """
-    known = mixtures()
+    registry = mixtures()
     own = source["model_type"]
-    copies = isinstance(asked, ExpertCopy)
-    if own in known and not copies:
+    copies = isinstance(request, ExpertCopy)
+    if own in registry and not copies:
         raise UserError(
             f"upcycling: {own!r} has experts already; growth=expert_copy makes more of them, "
             "growth=lossless wider ones"
         )
     if copies:
-        fits = [name for name in known if name == own]
+        fits = [name for name in registry if name == own]
     else:
-        fits = [name for name, rule in known.items() if own in rule.of]
+        fits = [name for name, rule in registry.items() if own in rule.of]
     if kind is None:
         raise UserError(
             f"target: model_type is missing, the family of the mixture; from {own!r}: "
             f"{', '.join(fits) or 'none is known'}"
         )
     if kind in fits:
-        return known[kind]
+        return registry[kind]
     if copies:
         raise UserError(
             "expert_copy: copies the experts of a family into itself, and knows "
-            f"{', '.join(sorted(known))}; found {own!r} → {kind!r}"
+            f"{', '.join(sorted(registry))}; found {own!r} → {kind!r}"
         )
-    differing = _differing(source, str(kind), wanted)
+    differing = _differing(source, str(kind), sizes)
     goes = f"into {' or '.join(fits)}" if fits else "into no mixture that is known here"
     fault = f"{own!r} cannot be upcycled into {kind!r}"
     raise UserError(f"{fault}: {differing}; {own!r} goes {goes}")
 
 
-def _differing(source: Config, kind: str, wanted: Config) -> str:
+def _differing(source: Config, kind: str, sizes: Config) -> str:
     """The tensors outside the MLP by which two classes differ, in words."""
     from outgrow.model.build import to_hf_config
     from outgrow.model.derive import library_knows
@@ -156,7 +156,7 @@ def _differing(source: Config, kind: str, wanted: Config) -> str:
         return "transformers has no causal language model of that type"
     try:
         shared = without(source, NEUTRAL)
-        complete = to_hf_config({**shared, **wanted, "model_type": kind})
+        complete = to_hf_config({**shared, **sizes, "model_type": kind})
         before = _starred(shapes(source))
         after = _starred(shapes(flat(complete.to_dict())))
     except Exception as fault:  # the library's classes raise every kind
@@ -180,15 +180,13 @@ def _starred(shapes: Mapping[str, Any]) -> set[str]:
     return {name for name in names if not of_experts.search(name)}
 
 
-def _check_keys(source: Config, mixture: Mixture, wanted: Config) -> None:
+def _check_keys(source: Config, mixture: Mixture, sizes: Config) -> None:
     """Refuse keys that neither the source nor the mixture's class knows, with near matches."""
-    known = {*source, *mixture.keys, *STANDARD}
-    if wanted.keys() - known:  # the class is asked only then: importing it takes longer than planning
+    keys = {*source, *mixture.keys, *STANDARD}
+    if sizes.keys() - keys:  # the class is asked only then: importing it takes longer than planning
         from outgrow.model.derive import whole_config
 
-        known |= whole_config({"model_type": mixture.name}).keys()
+        keys |= whole_config({"model_type": mixture.name}).keys()
     UserError.collect(
-        f"target: unknown config key {key!r}; {did_you_mean(key, known)}"
-        for key in wanted
-        if key not in known
+        f"target: unknown config key {key!r}; {did_you_mean(key, keys)}" for key in sizes if key not in keys
     )

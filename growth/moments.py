@@ -56,39 +56,39 @@ def moments_plan(plan: Plan, dtypes: dict[str, str], rule: Rule = "own") -> Plan
         dtypes: safetensors dtype of each source moment, under the same prefixed names.
     """
     prefixes = {name.partition(".")[0] for name in dtypes}
-    asked = _rule(plan, rule)
+    own_rule = _rule(plan, rule)
     steps: list[Step] = []
     for moment in POWERS:
         for step in plan.steps:
             name = step.source or plan.source_name(step.tensor)
             own = [prefix for prefix in prefixes if f"{prefix}.{name}" in dtypes]
             if moment in (own or prefixes):
-                grown = _step(plan, step, moment, asked)
+                grown = _step(plan, step, moment, own_rule)
                 steps.append(grown)
     growth = replace(plan.growth, dtype=None)
     every_step = tuple(steps)
     return replace(plan, growth=growth, steps=every_step, noise=0.0, dtypes=dtypes)
 
 
-def told(plan: Plan, rule: Rule = "own") -> str:
+def describe_moments(plan: Plan, rule: Rule = "own") -> str:
     """Say how the moments grow."""
     return RULES[_rule(plan, rule)]
 
 
-def _rule(plan: Plan, asked: Rule) -> Rule:
-    return plan.recipe.moments if asked == "own" else asked
+def _rule(plan: Plan, rule: Rule) -> Rule:
+    return plan.recipe.moments if rule == "own" else rule
 
 
 def inexact(plan: Plan, rule: Rule = "own") -> Iterator[str]:
     """Yield why the grown moments are not those that the grown model's own gradients would have given."""
     growth = plan.growth
-    asked = _rule(plan, rule)
-    if asked in ("kept", "reset"):
+    own_rule = _rule(plan, rule)
+    if own_rule in ("kept", "reset"):
         whose = f"operator {plan.operator!r}" if rule == "own" else "as asked"
-        yield f"{whose}: {RULES[asked]}"
+        yield f"{whose}: {RULES[own_rule]}"
         return
     has_new_layers = any(plan.layers.identity) or bool(plan.layers.between)
-    if asked == "copied" and has_new_layers:
+    if own_rule == "copied" and has_new_layers:
         yield "new layers take the moments of the layers that they copy, which were averaged elsewhere"
     if not plan.certificate.lossless:
         yield "the growth is not lossless"
@@ -172,10 +172,10 @@ def _transposed(axis: AxisMap, power: int) -> AxisMap:
     divisible = axis.copies & (shared != 0)
     nothing = np.zeros_like(axis.gain)
     gain = np.divide(1.0, shared, out=nothing, where=divisible)
-    kept = axis.filled(Fill.ZERO)
-    return replace(kept, gain=gain**power)
+    unscaled = axis.filled(Fill.ZERO)
+    return replace(unscaled, gain=gain**power)
 
 
-def _kept(axis: AxisMap, kept: np.ndarray) -> AxisMap:
-    index = np.where(kept, axis.index, -1)
+def _kept(axis: AxisMap, mask: np.ndarray) -> AxisMap:
+    index = np.where(mask, axis.index, -1)
     return AxisMap.of(axis.source, index, Fill.ZERO)

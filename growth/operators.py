@@ -64,8 +64,8 @@ def _vocabulary(n: int, N: int) -> Expansion:
     if count > 0:
         rule = f"{count} new tokens: mean of the old and a little noise"
     index = _padded(n, N)
-    kept = AxisMap.of(n, index, Fill.MEAN)
-    return Expansion.of(kept, kept, rule)
+    axis = AxisMap.of(n, index, Fill.MEAN)
+    return Expansion.of(axis, axis, rule)
 
 
 def _positions(n: int, N: int) -> Expansion:
@@ -73,8 +73,8 @@ def _positions(n: int, N: int) -> Expansion:
     count = N - n
     rule = f"{count} new positions: fresh" if count else "unchanged"
     index = _padded(n, N)
-    kept = AxisMap.of(n, index, Fill.RANDOM)
-    return Expansion.of(kept, kept, rule)
+    axis = AxisMap.of(n, index, Fill.RANDOM)
+    return Expansion.of(axis, axis, rule)
 
 
 def each_space(growth: Growth, grow: Callable[[str, int, int], Expansion]) -> dict[str, Expansion]:
@@ -208,12 +208,12 @@ def _free_head_dims(growth: Growth, space: str, n: int, N: int) -> Expansion:
         index = _pairs_padded(n, N, turned, turned_target)
         gain = growth.attention_gain
     write = AxisMap.of(n, index, Fill.RANDOM, gain=gain)
-    kept = AxisMap.of(n, index, Fill.RANDOM)
-    read = kept.filled(Fill.ZERO)
+    axis = AxisMap.of(n, index, Fill.RANDOM)
+    read = axis.filled(Fill.ZERO)
     count = N - n
     scaled_queries = _scaled_queries(gain)
     rule = f"{n} → {N}: {count} new dims written fresh and read as zero{scaled_queries}"
-    return Expansion.of(write, read, rule, scale=kept, shift=kept)
+    return Expansion.of(write, read, rule, scale=axis, shift=axis)
 
 
 def _scaled_queries(gain: float) -> str:
@@ -237,9 +237,9 @@ def _pad(growth: Growth, fill: Fill, word: str) -> Recipe:
     def grow(space: str, n: int, N: int) -> Expansion:
         count = N - n
         index = _padded(n, N)
-        kept = AxisMap.of(n, index, fill)
+        axis = AxisMap.of(n, index, fill)
         rule = f"{n} → {N}: source first, {count} {word}"
-        return Expansion.of(kept, kept, rule)
+        return Expansion.of(axis, axis, rule)
 
     expansions = each_space(growth, grow)
     return Recipe(expansions)
@@ -271,10 +271,10 @@ def tile(growth: Growth, *, mode: str = "middle", heads: str = "head_aware") -> 
         return AxisMap.of(n, index)
 
     def grow(space: str, n: int, N: int) -> Expansion:
-        kept = tiled(n, N)
+        axis = tiled(n, N)
         how = "middle block, fresh around it" if centered else f"tiled from the {mode}"
         rule = f"{n} → {N}: {how}"
-        return Expansion.of(kept, kept, rule)
+        return Expansion.of(axis, axis, rule)
 
     expansions = each_space(growth, grow)
     flat = tiled if heads == "flat" else None
@@ -535,8 +535,8 @@ def recipe(operator: str, growth: Growth, options: Mapping[str, Any]) -> Recipe:
                 "start is unknown"
             )
         return Recipe({})
-    known = options_of(operator)
+    names = options_of(operator)
     for name in options:
-        if name not in known:
-            unknown(f"option of operator {operator!r}", name, known)
+        if name not in names:
+            unknown(f"option of operator {operator!r}", name, names)
     return function(growth, **options)

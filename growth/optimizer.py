@@ -77,9 +77,9 @@ def state_of_source(state: Mapping[str, Any], plan: Plan) -> OptimizerState:
     for number, entry in entries.items():
         name = numbering[number]
         is_muons = isinstance(entry, Mapping) and "momentum_buffer" in entry
-        kept = MUON if is_muons else ADAM
-        _check_entry(entry, kept, number, name, shapes[name])
-        for moment in kept:
+        kinds = MUON if is_muons else ADAM
+        _check_entry(entry, kinds, number, name, shapes[name])
+        for moment in kinds:
             named[moment][name] = entry[moment]
     _complete(named, shapes)
     stored = {moment: in_file(plan.source_config, tensors) for moment, tensors in named.items()}
@@ -94,26 +94,26 @@ def state_of_source(state: Mapping[str, Any], plan: Plan) -> OptimizerState:
 
 def _check_groups(groups: Sequence[Any]) -> None:
     """Refuse groups that are not as an optimizer saves them."""
-    for place, group in enumerate(groups):
+    for position, group in enumerate(groups):
         numbers = group.get("params") if isinstance(group, Mapping) else None
         if not isinstance(numbers, list):
             raise UserError(
-                f"optimizer state: group {place} has no list of 'params'; expected what "
+                f"optimizer state: group {position} has no list of 'params'; expected what "
                 "optimizer.state_dict() gives"
             )
 
 
-def _check_entry(entry: Any, kept: Sequence[str], number: int, name: str, shape: tuple[int, ...]) -> None:
+def _check_entry(entry: Any, moments: Sequence[str], number: int, name: str, shape: tuple[int, ...]) -> None:
     """Refuse the state of a parameter that lacks one of its moments, or is not of the parameter's shape."""
     import torch
 
-    for moment in kept:
+    for moment in moments:
         tensor = entry.get(moment) if isinstance(entry, Mapping) else None
         if not isinstance(tensor, torch.Tensor):
-            found = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
+            contents = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
             raise UserError(
                 f"optimizer state: parameter {number} ({name}) has no {moment!r}, found "
-                f"{found}; only Adam's and Muon's state grows"
+                f"{contents}; only Adam's and Muon's state grows"
             )
         own = tuple(tensor.shape)
         if own != shape:
@@ -147,13 +147,13 @@ def _unusable(moment: str, tensor: torch.Tensor) -> str | None:
 
 def _steps(entry: Mapping[str, Any], number: int) -> int:
     """The number of steps that a parameter's moments have averaged; 0 where it is not told."""
-    told = entry.get("step", 0)
+    value = entry.get("step", 0)
     count = -1
     with suppress(TypeError, ValueError, OverflowError, RuntimeError):  # several entries, NaN, infinite
-        count = int(told)
+        count = int(value)
     if count < 0:
         raise UserError(
-            f"optimizer state: the step of parameter {number} is {told!r}; expected how many it has taken"
+            f"optimizer state: the step of parameter {number} is {value!r}; expected how many it has taken"
         )
     return count
 
@@ -348,15 +348,15 @@ def load_optimizer(folder: Path | str, target: torch.optim.Optimizer, target_mod
 def fill(
     optimizer: torch.optim.Optimizer,
     model: PreTrainedModel,
-    held: Collection[str],
+    moment_names: Collection[str],
     moment: Callable[[str], torch.Tensor],
     step: int,
 ) -> None:
     """Set the state of every parameter of `model` that `optimizer` has; its learning rates and groups stay.
 
     Args:
-        held: the moments that there are: `exp_avg.NAME`, `exp_avg_sq.NAME` or `momentum_buffer.NAME` of the
-            tensors in the model's file.
+        moment_names: of the moments that there are: `exp_avg.NAME`, `exp_avg_sq.NAME` or
+            `momentum_buffer.NAME` of the tensors in the model's file.
         moment: gives one of them.
 
     Raises:
@@ -367,9 +367,9 @@ def fill(
     from outgrow.model.conversion import in_model
 
     places = _places(optimizer)
-    kept = chain.from_iterable(keys for _, keys in places.values())
-    check_kinds(held, kept)
-    names = dict.fromkeys(name.partition(".")[2] for name in held)
+    own_keys = chain.from_iterable(keys for _, keys in places.values())
+    check_kinds(moment_names, own_keys)
+    names = dict.fromkeys(name.partition(".")[2] for name in moment_names)
     state = optimizer.state_dict()
     config = config_of(model)
 
@@ -378,17 +378,17 @@ def fill(
         others."""
 
         def tensor(name: str) -> torch.Tensor:
-            if f"{key}.{name}" in held:
+            if f"{key}.{name}" in moment_names:
                 return moment(f"{key}.{name}")
             others = [f"{other}.{name}" for other in POWERS]
-            of_name = [other for other in others if other in held]
+            of_name = [other for other in others if other in moment_names]
             if not of_name:
                 raise UserError(f"optimizer state: nothing of {name}; is it the state of another model?")
             return torch.full_like(moment(of_name[0]), nan)
 
         return in_model(config, names, tensor)
 
-    moments = {key: in_parameters(key) for key in _kinds(held)}
+    moments = {key: in_parameters(key) for key in _kinds(moment_names)}
     for name, parameter in model.named_parameters():
         if id(parameter) in places:
             number, keys = places[id(parameter)]
@@ -400,21 +400,21 @@ def fill(
     optimizer.load_state_dict(state)
 
 
-def check_kinds(held: Iterable[str], kept: Iterable[str]) -> None:
+def check_kinds(moment_names: Iterable[str], optimizer_keys: Iterable[str]) -> None:
     """Refuse a state that another optimizer made.
 
     Args:
-        held: the moments that there are, with or without a tensor's name behind.
-        kept: those that the optimizer goes on from.
+        moment_names: of the moments that there are, with or without a tensor's name behind.
+        optimizer_keys: those that the optimizer goes on from.
 
     Raises:
         UserError: they are of other kinds.
     """
-    there, wanted = _kinds(held), _kinds(kept)
-    if there != wanted:
+    there, kinds = _kinds(moment_names), _kinds(optimizer_keys)
+    if there != kinds:
         raise UserError(
             f"optimizer state: has {', '.join(there)}, and the optimizer that goes on keeps "
-            f"{', '.join(wanted)}; go on with the one that made it, or without it"
+            f"{', '.join(kinds)}; go on with the one that made it, or without it"
         )
 
 

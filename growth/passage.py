@@ -105,11 +105,11 @@ def text_of(path: Path, key: str = KEY) -> str:
     if not path.is_file():  # a pipe would be waited on for ever
         raise UserError(f"{key} {str(path)!r}: no such file; give a plain text file")
     with reading(path), path.open("rb") as opened:
-        held = opened.read(MOST_BYTES)
+        content = opened.read(MOST_BYTES)
     try:
         # a long file is cut within a character
         decoder = getincrementaldecoder("utf-8")()
-        text = decoder.decode(held, final=len(held) < MOST_BYTES)
+        text = decoder.decode(content, final=len(content) < MOST_BYTES)
     except UnicodeDecodeError as fault:
         raise UserError(
             f"{key} {str(path)!r}: is no text in UTF-8 ({fault.reason} at byte {fault.start:,})"

@@ -189,8 +189,8 @@ def _check_sources(growth: Growth, steps: Sequence[Step]) -> None:
     switches = biases | {tensor.line.condition for tensor in lacking}
     keys = sorted(switch.lstrip("!") for switch in switches if switch is not None)
     config = growth.source_config
-    kept = [f"{key}:{str(config.get(key)).lower()}" for key in keys]
-    way = f"leave it as in the source ({', '.join(kept)})" if kept else "leave its switches as in the source"
+    each = [f"{key}:{str(config.get(key)).lower()}" for key in keys]
+    way = f"leave it as in the source ({', '.join(each)})" if each else "leave its switches as in the source"
     raise UserError(f"target: would have {names}, which the source has nothing for; {way}")
 
 
@@ -338,8 +338,8 @@ def _misfits(
     for tensor in tensors:
         entry = stored[tensor.name]
         if tensor.shape != entry.shape:
-            wanted = f"{tensor.line.text!r} and config.json give shape {tensor.shape}"
-            fault = f"{wanted}, the file has {entry.shape}"
+            expectation = f"{tensor.line.text!r} and config.json give shape {tensor.shape}"
+            fault = f"{expectation}, the file has {entry.shape}"
             names_with[tensor.pattern, fault].append(tensor.name)
         elif not is_float(entry.dtype) and tensor.pattern in changed:
             formats = "F64, F32, F16 and BF16"

@@ -140,8 +140,8 @@ def mixture_target(
     if not is_change and not may_differ:
         return None
     changing = operator if is_change else "upcycle"
-    known = options_of(changing) if is_change else ()
-    own = {name: options[name] for name in known if name in options}
+    names = options_of(changing) if is_change else ()
+    own = {name: options[name] for name in names if name in options}
     depth = options.get("depth", "identity")
     changed = plan(source, target, changing, depth=depth, noise=0.0, **own)
     return changed.target_config
@@ -182,12 +182,12 @@ def laid_over(
     else:
         resolved = resolve_family(source, target, depth, operator, options)
     own = resolved.config or config
-    whole = resolve_target(target, own, resolved.family)
-    growth = Growth(resolved.family, own, whole)
+    complete = resolve_target(target, own, resolved.family)
+    growth = Growth(resolved.family, own, complete)
     if grows:
         check_growable(growth, 0.0)
-    same_family = whole.get("model_type") == own["model_type"]
-    return deepened(growth, depth) if same_family else whole
+    same_family = complete.get("model_type") == own["model_type"]
+    return deepened(growth, depth) if same_family else complete
 
 
 def _said_elsewhere(target: dict[str, Any], dtype: str | None) -> dict[str, Any]:
@@ -239,12 +239,12 @@ def _as_the_class_starts(plan: Plan, called: Mapping[str, str]) -> Plan:
     fresh = [step.name for step in plan.steps if step.is_fresh]
     if not fresh:
         return plan
-    known = starts(plan.target_config)
+    by_name = starts(plan.target_config)
     followed = {}
     for name in fresh:
         library_name = called[name]
-        if library_name in known:
-            followed[name] = known[library_name]
+        if library_name in by_name:
+            followed[name] = by_name[library_name]
     unknown = [name for name in fresh if name not in followed]
     notes = plan.notes
     if unknown:

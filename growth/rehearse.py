@@ -144,10 +144,12 @@ class Bench:
         if measured:
             least = min(error.all for error in measured)
             reason = f"the logits of a tiny random model move by {least:.2g} of the largest"
-        told = _with_cause(draft, changes, reason, measured)
-        if told == reason and is_no_factor and self._grows_by_two(draft):
-            told = f"{reason}, and stay where {hidden} is doubled: in this family it grows by whole factors"
-        raise Unfit(told)
+        message = _with_cause(draft, changes, reason, measured)
+        if message == reason and is_no_factor and self._grows_by_two(draft):
+            message = (
+                f"{reason}, and stay where {hidden} is doubled: in this family it grows by whole factors"
+            )
+        raise Unfit(message)
 
     def _grows_by_two(self, draft: Draft) -> bool:
         """Check whether twice the hidden size keeps the logits, with as many heads or twice as many."""
@@ -224,8 +226,8 @@ class Bench:
         if plan.target_parameters == plan.source_parameters:
             raise Unfit(f"nothing grows with {', '.join(changes)}")
         planned = {step.name: step.shape for step in plan.steps}
-        wanted = shapes(plan.target_config)
-        changed = [name for name, shape in wanted.items() if planned.get(name) != shape]
+        target_shapes = shapes(plan.target_config)
+        changed = [name for name, shape in target_shapes.items() if planned.get(name) != shape]
         differing = sorted(changed)
         further = [name for name in differing if name not in planned]
         if further:
@@ -237,7 +239,7 @@ class Bench:
             name = differing[0]
             raise Unfit(
                 f"{name} would become {planned[name]} where transformers' class wants "
-                f"{wanted[name]}: how it follows {', '.join(changes)} was not recognised"
+                f"{target_shapes[name]}: how it follows {', '.join(changes)} was not recognised"
             )
         return plan
 

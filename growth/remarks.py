@@ -116,7 +116,7 @@ def _dropout_rates(plan: Decision) -> Iterator[str]:
 def _equal_experts(plan: Decision) -> Iterator[str]:
     """Name copies of experts that have the router rows and the weights of others."""
     change = plan.change
-    if change is None or not isinstance(change.asked, ExpertCopy) or change.asked.delta:
+    if change is None or not isinstance(change.options, ExpertCopy) or change.options.delta:
         return
     within = change.within.growth
     if plan.noise and any(map(within.grows, within.source)):

@@ -115,10 +115,10 @@ def plain_source(source: Checkpoint, target: Target, depth: str | Sequence[int])
     Raises:
         UserError: the scales do not fit.
     """
-    wanted = flat(target) if isinstance(target, Mapping) else target
+    fields = flat(target) if isinstance(target, Mapping) else target
     if source.quantised is None:
         return source
-    if _copies_layers_only(source.config, wanted, depth):
+    if _copies_layers_only(source.config, fields, depth):
         return source
     return dequantised(source) or source
 
@@ -188,21 +188,21 @@ def _check_depth(config: Config, shapes: Shapes) -> None:
 def _outlined(config: Config, shapes: Shapes) -> Resolved:
     from outgrow.model.derive import library_knows, passed_over, whole_config
 
-    known = library_knows(config)
-    complete = whole_config(config) if known else config
-    dropped = passed_over(complete, shapes) if known else []
-    kept = without(shapes, dropped)
-    outlined = outline(complete, kept)
+    is_known = library_knows(config)
+    complete = whole_config(config) if is_known else config
+    dropped = passed_over(complete, shapes) if is_known else []
+    own_shapes = without(shapes, dropped)
+    outlined = outline(complete, own_shapes)
     family = replace(outlined, ignore=tuple(dropped))
     check = "transformers does not know it, so nothing could be checked"
-    if known:
+    if is_known:
         check = "the result was held against transformers' class"
     note = (
         f"family {family.name!r} has no schema here: layers were told by their names and whole layers are "
         f"copied; {check}"
     )
     notes = (note, *_left_out(dropped))
-    return Resolved(family, notes, complete if known else None)
+    return Resolved(family, notes, complete if is_known else None)
 
 
 def _left_out(names: Sequence[str]) -> list[str]:
@@ -276,8 +276,8 @@ def _derived(
             f"{fault}{head}; what is left: whole layers copied (growth.depth=stack and no size but the "
             "number of layers), or a schema of your own (docs/families.md, 'Add a family')"
         ) from None
-    known = draft.axes.config
-    moves = [f"{key} {known.get(key)} → {size}" for key, size in changes.items()]
+    tiny_config = draft.axes.config
+    moves = [f"{key} {tiny_config.get(key)} → {size}" for key, size in changes.items()]
     listing = ", ".join(moves)
     outcome = _outcome(rehearsal, listing, operator)
     if len(tiny.inputs) > 1:
@@ -387,8 +387,8 @@ def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
         return number, name
 
     names = sorted(shapes.keys() - set(buffers), key=rank)
-    kept = {name: shapes[name] for name in names}
-    family = drafted_family(draft, config, kept, called)
+    own_shapes = {name: shapes[name] for name in names}
+    family = drafted_family(draft, config, own_shapes, called)
     return replace(family, ignore=tuple(buffers))
 
 

@@ -27,7 +27,7 @@ def broken_conditions(plan: Decision) -> Iterator[str]:
     change = plan.change
     assert isinstance(change, Change)
     yield from _needs(change)
-    if isinstance(change.asked, ExpertCopy):
+    if isinstance(change.options, ExpertCopy):
         yield from _copies(change)
         return
     yield from _entries(plan)
@@ -68,14 +68,14 @@ def _scales(plan: Decision, change: Change) -> Iterator[str]:
     dense = {step.name: step for step in change.within.steps}
     shared = {own: name for name, own in mixture.shared.items()}
     experts = {own: name for name, own in mixture.experts.items()}
-    done = set()
+    origins = set()
     for step in plan.steps:
         number = change.routed.get(step.name)
         module = step.tensor.line.name
         layer = step.tensor.layer
         expert = experts.get(numbered(step.tensor))
         origin = shared.get(module) or expert
-        if origin is None or layer is None or origin in done:
+        if origin is None or layer is None or origin in origins:
             continue
         weight = f"{origin}.weight".replace("*", str(layer))
         before = dense[weight]
@@ -89,10 +89,10 @@ def _scales(plan: Decision, change: Change) -> Iterator[str]:
         scale = _scale(step, before, start)
         expected = _undone(change, number) if reads else 1.0
         if scale is None:
-            done.add(origin)
+            origins.add(origin)
             yield f"{module}: is not a block of {origin}"
         elif not isclose(scale, expected, rel_tol=1e-9):
-            done.add(origin)
+            origins.add(origin)
             yield (
                 f"{module}: is scaled by {scale:.4g}, expected {expected:.4g}: "
                 + (
@@ -118,9 +118,9 @@ def _scale(step: Step, before: Step, start: int) -> float | None:
             return None
         if not np.array_equal(part.fill, axis.fill):
             return None
-        taken = part.gain != 0
-        gains = axis.gain[taken]
-        ratios = gains / part.gain[taken]
+        has_gain = part.gain != 0
+        gains = axis.gain[has_gain]
+        ratios = gains / part.gain[has_gain]
         if not np.allclose(ratios, ratios[:1], rtol=1e-12):
             return None
         factors.append(ratios[0] if len(ratios) else 1.0)
@@ -221,13 +221,13 @@ def _coverage(change: Change) -> Iterator[str]:
 
 def _copies(change: Change) -> Iterator[str]:
     """Copies of experts: all of an expert's are chosen together, or exactly one that has the whole weight."""
-    asked = change.asked
+    options = change.options
     times = change.group
-    assert isinstance(asked, ExpertCopy)
+    assert isinstance(options, ExpertCopy)
     normalised = change.mixture.normalises(change.config)
-    if asked.delta > 0:
+    if options.delta > 0:
         yield (
-            f"router rows of copies are moved by up to {asked.delta:g}, so copies of one expert have other "
+            f"router rows of copies are moved by up to {options.delta:g}, so copies of one expert have other "
             "weights"
         )
     as_many = times * change.chosen_before

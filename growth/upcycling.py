@@ -42,40 +42,40 @@ class _Cut:
 
 
 def upcycled(
-    source: Config, mixture: Mixture, wanted: dict[str, Any], asked: Upcycling, within: Callable[..., Plan]
+    source: Config, mixture: Mixture, sizes: dict[str, Any], options: Upcycling, within: Callable[..., Plan]
 ) -> Plan:
     """The plan of a dense source into a mixture."""
-    count = needed(wanted, mixture, mixture.count)
-    chosen = needed(wanted, mixture, mixture.top_k)
-    cut = _cut(source, mixture, wanted, asked.granularity)
+    count = needed(sizes, mixture, mixture.count)
+    chosen = needed(sizes, mixture, mixture.top_k)
+    cut = _cut(source, mixture, sizes, options.granularity)
     _check_groups(mixture, count, chosen, cut.granularity)
     own = set(mixture.keys)
-    known = {*source, *STANDARD} - own
-    dense = only(wanted, known)
+    keys = {*source, *STANDARD} - own
+    dense = only(sizes, keys)
     dense["intermediate_size"] = cut.units
-    dense_plan = within(dense, asked.width)
-    config = _config(dense_plan, mixture, wanted, asked, cut)
+    dense_plan = within(dense, options.width)
+    config = _config(dense_plan, mixture, sizes, options, cut)
     family = mixture.family(config, dense_plan.family)
     experts = tuple(map(cut.expert_of, range(count)))
     routed = routed_tensors(mixture, config, count)
     growth = replace(dense_plan.growth, family=family, target_config=config, origin=dense_plan.family)
-    change = Change(dense_plan, mixture, asked, config, experts, routed, cut.shared)
+    change = Change(dense_plan, mixture, options, config, experts, routed, cut.shared)
     steps = tuple(_handed_out(change, growth, family))
     recipe = replace(dense_plan.recipe, expansions=_expansions(change, growth))
     return replace(dense_plan, growth=growth, recipe=recipe, steps=steps, change=change)
 
 
-def _cut(source: Config, mixture: Mixture, wanted: Config, granularity: int | None) -> _Cut:
+def _cut(source: Config, mixture: Mixture, sizes: Config, granularity: int | None) -> _Cut:
     """Into what the MLP is cut, from what the target says of it.
 
     Raises:
         UserError: its units do not divide.
     """
     units = source["intermediate_size"]
-    named = "intermediate_size" in wanted and mixture.units != "intermediate_size"
-    width = wanted["intermediate_size"] if named else units
+    named = "intermediate_size" in sizes and mixture.units != "intermediate_size"
+    width = sizes["intermediate_size"] if named else units
     groups = granularity or 1
-    expert, shared = _sizes(mixture, wanted, width, groups)
+    expert, shared = _sizes(mixture, sizes, width, groups)
     if granularity is None:
         routed = width - shared
         one_is_enough = expert >= routed and not named
@@ -90,27 +90,27 @@ def _cut(source: Config, mixture: Mixture, wanted: Config, granularity: int | No
     return _Cut(total, shared, granularity, expert)
 
 
-def _sizes(mixture: Mixture, wanted: Config, width: int, granularity: int) -> tuple[int, int]:
+def _sizes(mixture: Mixture, sizes: Config, width: int, granularity: int) -> tuple[int, int]:
     """The units of a routed expert and those that are shared; what the target does not say divides what is
     left.
     """
-    named = wanted.get(mixture.units)
+    named = sizes.get(mixture.units)
     expert = None
     if named is not None:
         size = {mixture.units: named}
         expert = mixture.size(size, mixture.units)
     if mixture.shared_of is not None:  # whole = (G + shared experts) · units of one
-        experts = needed(wanted, mixture, mixture.shared_of)
+        experts = needed(sizes, mixture, mixture.shared_of)
         parts = granularity + experts
         expert = expert or _divided(width, parts, mixture)
         return expert, experts * expert
-    if mixture.shared_units is not None and mixture.shared_units not in wanted:
+    if mixture.shared_units is not None and mixture.shared_units not in sizes:
         raise UserError(
             f"target: {mixture.shared_units} is missing: how many of the MLP's units every token goes through"
         )
     shared = 0
     if mixture.shared_units is not None:
-        shared = mixture.size(wanted, mixture.shared_units)
+        shared = mixture.size(sizes, mixture.shared_units)
     routed = width - shared
     return expert or _divided(routed, granularity, mixture), shared
 
@@ -142,7 +142,7 @@ def _check_groups(mixture: Mixture, count: int, chosen: int, granularity: int) -
 
 
 def _config(
-    dense_plan: Plan, mixture: Mixture, wanted: Config, asked: Upcycling, cut: _Cut
+    dense_plan: Plan, mixture: Mixture, sizes: Config, options: Upcycling, cut: _Cut
 ) -> dict[str, Any]:
     """The mixture's config: the dense one's values, and the mixture's own.
 
@@ -157,14 +157,14 @@ def _config(
     )
     depth = dense_plan.family.field_name("num_hidden_layers")
     count = int(dense[depth])
-    layers = asked.layers(count)
+    layers = options.layers(count)
     of_layers = mixture.said_of_layers(layers, count)
-    is_told = wanted.keys() & of_layers.keys()
+    is_told = sizes.keys() & of_layers.keys()
     names_dense = mixture.dense_layers is not None
-    may_tell = names_dense and asked.sparse == "all"
+    may_tell = names_dense and options.sparse == "all"
     if is_told and may_tell:
-        of_layers = {key: wanted[key] for key in of_layers if key in wanted}
-    own = without(wanted, dense)
+        of_layers = {key: sizes[key] for key in of_layers if key in sizes}
+    own = without(sizes, dense)
     config = without(dense, mixture.lacks)
     if "rope_parameters" not in config and "rope_theta" not in config:
         config["rope_parameters"] = rope_of(dense)
@@ -172,7 +172,7 @@ def _config(
     if kinds and "layer_types" not in mixture.lacks:
         config["layer_types"] = kinds
     units = {"intermediate_size": cut.units, mixture.units: cut.expert}
-    chosen = {key: wanted[key] for key in mixture.adds if key in wanted}
+    chosen = {key: sizes[key] for key in mixture.adds if key in sizes}
     return {
         **config,
         **mixture.adds,
@@ -228,8 +228,8 @@ def _of_expert(change: Change, tensor: Tensor, step: Step) -> Step:
     """One matrix of an expert, of the dense MLP's: its units alone, and the scale that undoes the combine
     weights.
     """
-    asked = change.asked
-    assert isinstance(asked, Upcycling)
+    options = change.options
+    assert isinstance(options, Upcycling)
     number = change.routed.get(tensor.name)
     expert = Expert(0, 0, change.shared, -1)
     if number is not None:
@@ -247,7 +247,7 @@ def _of_expert(change: Change, tensor: Tensor, step: Step) -> Step:
     finish = None
     if number is not None:
         count = expert.stop - expert.start
-        finish = _finish(change, asked, tensor, number, units, count)
+        finish = _finish(change, options, tensor, number, units, count)
     return replace(step, tensor=tensor, maps=tuple(maps), finish=finish)
 
 
@@ -255,9 +255,9 @@ def _gain(change: Change, number: int | None, *, reads: bool) -> float:
     """The factor on one matrix: the whole of it on what reads the units, or its third root on each
     (Megatron's split).
     """
-    asked = change.asked
+    options = change.options
     mixture = change.mixture
-    assert isinstance(asked, Upcycling)
+    assert isinstance(options, Upcycling)
     if number is None:
         is_halved = mixture.shared_gate is not None  # a gate of zeros is 1/2
         return 2.0 if is_halved and reads else 1.0
@@ -267,22 +267,22 @@ def _gain(change: Change, number: int | None, *, reads: bool) -> float:
         factor /= float(scale)
     if not mixture.normalises(change.config):
         factor *= len(change.experts) / change.chosen
-    if asked.scale == "down":
+    if options.scale == "down":
         return factor if reads else 1.0
     return factor ** (1 / 3)
 
 
 def _finish(
-    change: Change, asked: Upcycling, tensor: Tensor, number: int, axis: int, units: int
+    change: Change, options: Upcycling, tensor: Tensor, number: int, axis: int, units: int
 ) -> Finish | None:
     """Noise on further copies, and units that are drawn anew, the same in every matrix of an expert."""
-    noise = asked.copy_noise if number >= change.group else 0.0
-    if not asked.drop:
+    noise = options.copy_noise if number >= change.group else 0.0
+    if not options.drop:
         return Finish(noise=noise) if noise else None
     seed = change.within.growth.seed
     numbers = generator(seed, "dropped", tensor.layer, number)
     drawn = numbers.permutation(units)
-    count = round(asked.drop * units)
+    count = round(options.drop * units)
     dropped = np.sort(drawn[:count])
     return Finish(redrawn=(axis, dropped), noise=noise)
 
@@ -291,14 +291,14 @@ def _routing(change: Change, tensor: Tensor, growth: Growth) -> Step:
     """A router, whose rows are fresh and alike in each group; the gate of a shared expert and the correction
     start at zero.
     """
-    asked = change.asked
-    assert isinstance(asked, Upcycling)
+    options = change.options
+    assert isinstance(options, Upcycling)
     axes = zip(tensor.axes, tensor.shape, strict=True)
     maps = tuple(_all_new(growth, axis, length) for axis, length in axes)
     is_router = tensor.pattern == f"{change.mixture.router}.weight"
-    if not is_router or asked.router_std == 0:
+    if not is_router or options.router_std == 0:
         return Step(tensor, None, maps, zero=True)
-    finish = Finish(deviation=asked.router_std, alike=change.group)
+    finish = Finish(deviation=options.router_std, alike=change.group)
     return Step(tensor, None, maps, finish=finish)
 
 
@@ -311,7 +311,7 @@ def _all_new(growth: Growth, axis: Any, length: int) -> AxisMap:
 def _expansions(change: Change, growth: Growth) -> dict[str, Expansion]:
     """Every space of the mixture with its expansion, for whoever prints or draws the plan."""
     dense = change.within.recipe.expansions
-    kept = {space: expansion for space, expansion in dense.items() if growth.family.uses(space)}
+    expansions = {space: expansion for space, expansion in dense.items() if growth.family.uses(space)}
     first = change.experts[0]
     count = len(change.experts)
     groups = len({expert.row for expert in change.experts})
@@ -328,11 +328,11 @@ def _expansions(change: Change, growth: Growth) -> dict[str, Expansion]:
         AxisMap.of(1, np.full(count, -1), Fill.ZERO),
         f"{count} of one MLP, {groups} router rows",
     )
-    kept |= {ROUTED: cut, EXPERT: experts}
+    expansions |= {ROUTED: cut, EXPERT: experts}
     if change.shared:
         every_unit = ffn.write.target
         rule = f"the first {change.shared} of {every_unit} units"
         write = ffn.write.cut(0, change.shared)
         read = ffn.read.cut(0, change.shared)
-        kept[SHARED] = Expansion.of(write, read, rule)
-    return kept
+        expansions[SHARED] = Expansion.of(write, read, rule)
+    return expansions

@@ -152,8 +152,8 @@ def _text_sizes(config: Config) -> tuple[int, int | None]:
     """Vocabulary and positions of a config's text model; a file leaves out what its class has by default."""
     from outgrow.model.build import to_hf_config
 
-    known = to_hf_config(config).get_text_config()
-    return known.vocab_size, getattr(known, "max_position_embeddings", None) or None
+    text_config = to_hf_config(config).get_text_config()
+    return text_config.vocab_size, getattr(text_config, "max_position_embeddings", None) or None
 
 
 @dataclass(frozen=True, eq=False)
@@ -404,8 +404,8 @@ def check_receipt(receipt: Receipt, plan: Plan, source: Path) -> None:
         delta = receipt.exact_delta
     else:
         formats = {plan.dtype(step) for step in plan.steps}
-        known = TOLERANCE.keys() & formats
-        allowed = max(TOLERANCE[name] for name in known)
+        dtypes = TOLERANCE.keys() & formats
+        allowed = max(TOLERANCE[name] for name in dtypes)
         # a family without a schema here may compute any norm in float32
         if receipt.note or plan.notes:
             allowed += RMS_FLOOR
@@ -441,8 +441,8 @@ def loaded_otherwise(folder: Path, dtype: str) -> list[str]:
         loaded = in_file(checkpoint.config, model.state_dict())
         stored = checkpoint.tensors
         shared = [name for name in loaded if name in stored]
-        known = [name for name in shared if is_float(stored[name].dtype)]
-        return [name for name in known if not _as_stored(checkpoint, name, loaded[name])]
+        float_names = [name for name in shared if is_float(stored[name].dtype)]
+        return [name for name in float_names if not _as_stored(checkpoint, name, loaded[name])]
 
 
 def _as_stored(checkpoint: Checkpoint, name: str, loaded: torch.Tensor) -> bool:

@@ -369,9 +369,9 @@ class Expander:
             by_row = by_row % count
         else:
             by_column = by_column % count
-        kept = by_row == by_column
+        diagonal = by_row == by_column
         undivided = scaled(target, float(count), self.dtype)
-        target[...] = undivided * kept
+        target[...] = undivided * diagonal
 
     @property
     def _holds_tokens(self) -> bool:

@@ -78,12 +78,12 @@ class RowSum:
 
     def add(self, raw: np.ndarray) -> None:
         """Add the next rows, as raw bits: (r, n)."""
-        done = 0
-        while done < len(raw):
+        start = 0
+        while start < len(raw):
             missing = STRETCH - self.rows % STRETCH
-            part = raw[done : done + missing]
+            part = raw[start : start + missing]
             accumulate(part, self._stretch, self.dtype)
-            done += len(part)
+            start += len(part)
             self.rows += len(part)
             if self.rows % STRETCH == 0:
                 self._stretches += self._stretch

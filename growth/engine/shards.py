@@ -142,11 +142,11 @@ def _allocate(descriptor: int, nbytes: int) -> None:
 
 
 def _write_all(descriptor: int, offset: int, view: memoryview) -> None:
-    done = 0
-    while done < len(view):
-        rest = view[done:]
-        position = offset + done
-        done += os.pwrite(descriptor, rest, position)
+    bytes_written = 0
+    while bytes_written < len(view):
+        rest = view[bytes_written:]
+        position = offset + bytes_written
+        bytes_written += os.pwrite(descriptor, rest, position)
 
 
 def layout(entries: Sequence[Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[Entry]]:

@@ -57,8 +57,8 @@ def write_weights(
 ) -> None:
     """Write `shards` of a plan into `folder`, the largest tensors first."""
     entries = chain.from_iterable(shards.values())
-    wanted = {entry.name for entry in entries}
-    steps = [step for step in plan.steps if step.name in wanted]
+    names = {entry.name for entry in entries}
+    steps = [step for step in plan.steps if step.name in names]
     steps.sort(key=plan.nbytes, reverse=True)
     writer = ShardWriter(folder, shards)
     total = sum(map(plan.nbytes, steps))

@@ -78,13 +78,13 @@ class Worker:
 class Shared:
     """The folder that workers fill together, while this one holds it (`lock`) and its own number (`own`)."""
 
-    place: Place
+    folders: Place
     lock: Lock
     own: Lock
 
     @property
     def folder(self) -> Path:
-        return self.place.partial
+        return self.folders.partial
 
     def is_complete(self, shards: Shards) -> bool:
         """Check that every shard is there and no other worker is at work; then this one holds the folder
@@ -123,36 +123,36 @@ def agreement(plan: Plan, checkpoint: Checkpoint, shards: Shards, worker: Worker
 
 
 @contextmanager
-def shared_partial(place: Place, worker: Worker, agreed: Mapping[str, Any]) -> Iterator[Shared]:
+def shared_partial(folders: Place, worker: Worker, agreed: Mapping[str, Any]) -> Iterator[Shared]:
     """Share `<out>.partial` with other workers that agree; the rest of another plan's growth is cleared.
 
     Raises:
         UserError: `out` may not be made or replaced (`Place.check`), a growth of another kind is writing
             there, this worker is at work already, or the disk is full or not writable.
     """
-    kept = f"what is finished stays in {place.partial}, for the same worker to go on"
-    with disk_faults(place.out, kept), place.open() as lock:
-        _join(lock, place, agreed)
-        mark = place.partial / f"{WORKER}{worker.number}"
+    outcome = f"what is finished stays in {folders.partial}, for the same worker to go on"
+    with disk_faults(folders.out, outcome), folders.open() as lock:
+        _join(lock, folders, agreed)
+        mark = folders.partial / f"{WORKER}{worker.number}"
         with Lock(mark) as own:
             if not own.take():
                 raise UserError(
-                    f"worker={worker}: is at work already in {place.partial}; give every worker a number "
+                    f"worker={worker}: is at work already in {folders.partial}; give every worker a number "
                     "of its own"
                 )
-            yield Shared(place, lock, own)
+            yield Shared(folders, lock, own)
 
 
-def _join(lock: Lock, place: Place, agreed: Mapping[str, Any]) -> None:
+def _join(lock: Lock, folders: Place, agreed: Mapping[str, Any]) -> None:
     """Take the folder's lock, shared with others that agree."""
     mark = json.dumps(agreed)
-    partial = place.partial
+    partial = folders.partial
     patience = time.monotonic() + PATIENCE
     while True:
         if lock.take():  # nobody is here
-            place.check_again(lock)
+            folders.check_again(lock)
             if not _agrees(partial, mark):
-                place.clear(mark)
+                folders.clear(mark)
         if lock.take(shared=True):
             if _agrees(partial, mark):
                 return
@@ -201,4 +201,4 @@ def publish_shared(shared: Shared, worker: Worker) -> None:
     for number in range(worker.count):
         mark = shared.folder / f"{WORKER}{number}"
         mark.unlink(missing_ok=True)
-    shared.place.publish()
+    shared.folders.publish()

@@ -84,8 +84,8 @@ def learn(
     def target_model() -> OnDisk:
         return OnDisk(plan.target_config, written.values, written.tensors, plan.layers.target)
 
-    held = torch.from_numpy(text.held)
-    loss_source, loss_before = _losses_before(kept, (source_model, target_model), held)
+    windows = torch.from_numpy(text.held)
+    loss_source, loss_before = _losses_before(kept, (source_model, target_model), windows)
     if isinstance(lesson, Ligo):
         took = learn_maps(plan, lesson, values, written, text, kept, share)
     else:
@@ -98,23 +98,23 @@ def learn(
         "held_out_tokens": prod(text.held.shape),
         "loss_source": loss_source,
         "loss_before": loss_before,
-        "loss_after": _loss(target_model, held),
+        "loss_after": _loss(target_model, windows),
         **took,
     }
 
 
-def _losses_before(kept: Kept, models: Iterable[Callable[[], OnDisk]], held: torch.Tensor) -> list[float]:
+def _losses_before(kept: Kept, models: Iterable[Callable[[], OnDisk]], windows: torch.Tensor) -> list[float]:
     """The source's loss on the windows held out, and that of what was written."""
     piece = kept.get("before")
     if piece is not None:
         _, losses = piece
         return list(losses)
-    losses = [_loss(model, held) for model in models]
+    losses = [_loss(model, windows) for model in models]
     kept.put("before", {}, losses)
     return losses
 
 
-def _loss(model: Callable[[], OnDisk], held: torch.Tensor) -> float:
+def _loss(model: Callable[[], OnDisk], windows: torch.Tensor) -> float:
     """The loss of a model on the windows held out."""
     with torch.no_grad():
-        return model().loss(held)
+        return model().loss(windows)

@@ -77,9 +77,9 @@ class Basis:
     def coordinates(self, matrix: np.ndarray) -> np.ndarray:
         """V = S⁻¹ Uᵀ W: (o, i), zero where S is."""
         floor = NOISE_FLOOR * self.sizes[0]
-        known = self.sizes > floor
+        is_large = self.sizes > floor
         inverse = np.zeros_like(self.sizes)
-        inverse[known] = 1 / self.sizes[known]
+        inverse[is_large] = 1 / self.sizes[is_large]
         wide = matrix.astype(np.float64)
         turned = self.vectors.T @ wide
         return inverse[:, None] * turned
@@ -122,12 +122,12 @@ class Predictor(nn.Module):
         return output + _mean(before, after) if self.adds else output
 
 
-def distance(output: Tensor, wanted: Tensor, norm_weight: float) -> Tensor:
+def distance(output: Tensor, target: Tensor, norm_weight: float) -> Tensor:
     """(1 − λ)·MSE + λ·(difference of the Frobenius norms)²."""
-    square = nn.functional.mse_loss(output, wanted)
+    square = nn.functional.mse_loss(output, target)
     norm = torch.linalg.norm(output)
-    wanted_norm = torch.linalg.norm(wanted)
-    norms = (norm - wanted_norm).square()
+    target_norm = torch.linalg.norm(target)
+    norms = (norm - target_norm).square()
     return (1 - norm_weight) * square + norm_weight * norms
 
 

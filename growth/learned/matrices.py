@@ -62,7 +62,7 @@ class Matrix:
         stored_by_input = self.weight.tensor.reads[0]
         return weight.T if stored_by_input else weight
 
-    def wanted(self, values: Values) -> np.ndarray:
+    def targets(self, values: Values) -> np.ndarray:
         """(outputs, source inputs): the source's rows as the target's, as large a share as is wanted."""
         weight = values(self.source)
         source = self._by_output(weight)

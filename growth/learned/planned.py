@@ -21,11 +21,11 @@ def learned_plan(operator: str, options: Mapping[str, Any], fixed: Callable[[str
     Raises:
         UserError: an option is unknown, missing or out of range, or the fixed plan cannot be made.
     """
-    known = options_of(operator)
+    names = options_of(operator)
     UserError.collect(
-        f"unknown option of operator {operator!r}: {name!r}; {did_you_mean(name, known)}"
+        f"unknown option of operator {operator!r}: {name!r}; {did_you_mean(name, names)}"
         for name in options
-        if name not in known
+        if name not in names
     )
     lesson = LEARNED[operator](**options)
     if lesson.width not in OPERATORS:

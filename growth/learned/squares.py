@@ -109,10 +109,10 @@ class Fitting:
 
     def _put_back(self, piece: str) -> None:
         """Write what an earlier pass has fitted in its place, if it was kept."""
-        kept = self.kept.get(piece)
-        if kept is None:
+        contents = self.kept.get(piece)
+        if contents is None:
             return
-        arrays, counts = kept
+        arrays, counts = contents
         for name, raw in arrays.items():
             self.written.write_raw(name, raw)
         self._count(counts)
@@ -232,13 +232,13 @@ class Fitting:
         bias = module.bias.double().numpy() if has_bias else None
         rows = matrix.joined(weight, bias)
         start = torch.from_numpy(rows)
-        wanted_rows = matrix.wanted(self.source.values)
-        wanted = torch.from_numpy(wanted_rows)
+        target_rows = matrix.targets(self.source.values)
+        targets = torch.from_numpy(target_rows)
         seen = self._seen[matrix.source]
         inputs = self._inputs(read, seen, has_bias)
-        fitted = inputs.fit(start, wanted)
+        fitted = inputs.fit(start, targets)
         outputs, width = fitted.shape
-        source_width = wanted.shape[1]
+        source_width = targets.shape[1]
         self.flops += fit_flops(outputs, width, source_width)
         self.fits += 1
         # Of rows that are drawn the source says nothing: they stay.

@@ -63,11 +63,11 @@ class Inputs:
         self._factor = torch.linalg.cholesky(gram)
         self._cross = products(self.read, self.seen)
 
-    def fit(self, start: Tensor, wanted: Tensor) -> Tensor:
-        """Minimise ‖W x − wanted y‖² + λ‖W − start‖² over the tokens' inputs x, y: (o, i), (o, s) → (o,
+    def fit(self, start: Tensor, targets: Tensor) -> Tensor:
+        """Minimise ‖W x − targets y‖² + λ‖W − start‖² over the tokens' inputs x, y: (o, i), (o, s) → (o,
         i)."""
-        # W (Σ x xᵀ + λ) = wanted Σ y xᵀ + λ start, solved transposed
-        aim = self._cross @ wanted.T
+        # W (Σ x xᵀ + λ) = targets Σ y xᵀ + λ start, solved transposed
+        aim = self._cross @ targets.T
         aim += self._pull * start.T
         solution = torch.cholesky_solve(aim, self._factor)
         return solution.T

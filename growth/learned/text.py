@@ -83,8 +83,8 @@ def read_calibration(
     ids = _token_folder(path) if is_tokens else _tokenised(path, source)
     window = min(window, context or window)
     rows = max(1, tokens // window)
-    wanted = rows + _held_out(rows)
-    count = min(wanted, len(ids) // window)
+    row_count = rows + _held_out(rows)
+    count = min(row_count, len(ids) // window)
     if count < 2:
         raise UserError(
             f"{KEY} {text!r}: has {len(ids)} tokens; give a text of at least {2 * window}, better {tokens}"
