@@ -64,9 +64,9 @@ class Average:
     def _exchange(self) -> None:
         for name, average in self.tensors.items():
             weight = local(self.weights[name])
-            kept = local(average)
+            part = local(average)
             own = weight.clone()
-            weight.copy_(kept)
-            kept.copy_(own)
+            weight.copy_(part)
+            part.copy_(own)
         for module in self.sharded:
             module.reshard()  # what FSDP has gathered already are the weights before

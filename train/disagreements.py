@@ -197,9 +197,9 @@ def _schedule_disagreements(schedule: ScheduleSettings) -> list[str]:
         ("rewarm", schedule.rewarm, REWARM),
     ]
     faults = []
-    for key, name, known in names:
-        if name not in known:
-            hint = did_you_mean(name, known)
+    for key, name, names_known in names:
+        if name not in names_known:
+            hint = did_you_mean(name, names_known)
             faults.append(f"schedule.{key}: unknown value {name!r}; {hint}")
     for key in ("warmup_fraction", "floor", "decay_fraction"):
         value = getattr(schedule, key)
@@ -371,7 +371,7 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
         "transfer.teacher": learns_from_source(transfer),
     }
     if settings.source is None:
-        needing = [key for key, wanted in from_source.items() if wanted]
+        needing = [key for key, is_on in from_source.items() if is_on]
         faults += [f"{key}: needs a source (source=FOLDER)" for key in needing]
     own_rate = transfer.inherited_rate != 1.0
     if growth.operator in UNGROWN and own_rate:
@@ -391,7 +391,7 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
         "growth.stages.moments": grows_moments,
     }
     if optimizer not in KEPT:
-        needing = [key for key, wanted in needs_state.items() if wanted]
+        needing = [key for key, is_on in needs_state.items() if is_on]
         faults += [f"{key}: for optimizer={' or '.join(KEPT)}; found {optimizer}" for key in needing]
     unsharded = {
         "transfer.inherited_rate": own_rate,
@@ -401,7 +401,7 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
         "growth.stages.moments": grows_moments,
     }
     if settings.sharding.name == "full":
-        needing = [key for key, wanted in unsharded.items() if wanted]
+        needing = [key for key, is_on in unsharded.items() if is_on]
         faults += [f"{key}: needs whole tensors on each process (sharding=none)" for key in needing]
     if not 0.0 <= transfer.inherited_rate <= 10.0:
         faults.append(

@@ -103,9 +103,9 @@ def alike(matrices: list[Tensor]) -> Iterator[list[int]]:
     A matrix that processes share, or one that is larger by itself, is alone.
     """
     places: dict[Any, list[int]] = defaultdict(list)
-    for place, matrix in enumerate(matrices):
-        own = place if isinstance(matrix, DTensor) else (matrix.shape, matrix.device)
-        places[own].append(place)
+    for position, matrix in enumerate(matrices):
+        own = position if isinstance(matrix, DTensor) else (matrix.shape, matrix.device)
+        places[own].append(position)
     for same in places.values():
         most = max(1, TOGETHER // matrices[same[0]].numel())
         for begin in range(0, len(same), most):

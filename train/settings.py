@@ -306,14 +306,14 @@ def _without_later(value: Any) -> Any:
         return [_without_later(item) for item in value]
     if not isinstance(value, dict):
         return value
-    told = {}
+    rest = {}
     for key, item in value.items():
         says_nothing = key in LATER and item == LATER[key]
         if says_nothing:
             continue
         is_renamed = isinstance(item, str) and (key, item) in EARLIER
-        told[key] = EARLIER[key, item] if is_renamed else _without_later(item)
-    return told
+        rest[key] = EARLIER[key, item] if is_renamed else _without_later(item)
+    return rest
 
 
 def settings_hash(settings: Settings | Mapping[str, Any]) -> str:

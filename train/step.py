@@ -264,10 +264,10 @@ class NotFinite(UserError):
         """The same for a run that stops at it, the newest state with finite weights saved after step `saved`,
         if any is.
         """
-        kept = "has saved no state before it" if saved is None else f"has saved the state after step {saved}"
+        fact = "has saved no state before it" if saved is None else f"has saved the state after step {saved}"
         passing = "" if self.weights else ", or pass over such steps with train.skip_nonfinite=N"
         return Diverged(
-            f"{self}. The run stops here and {kept}: lower optimizer.learning_rate or lengthen "
+            f"{self}. The run stops here and {fact}: lower optimizer.learning_rate or lengthen "
             f"schedule.warmup_fraction under a new name={passing}"
         )
 

@@ -61,7 +61,7 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path, phi_config: dict[st
         loss_sum=2 / 3,
         loss_count=2,
     )
-    path = state.place(tmp_path, 7)
+    path = state.folder_of(tmp_path, 7)
     state.write(path, asdict(position), state.tensors(model, optimizer))
     assert state.read(path, other, fresh) == position
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -75,12 +75,12 @@ def checkpoint(folder: Path, step: int, model: nn.Module | None = None) -> Path:
     model = model or nn.Linear(2, 2)
     held = state.tensors(model, trained(model))
     state.write(
-        state.place(folder, step),
+        state.folder_of(folder, step),
         asdict(state.Position(step=step)),
         held,
         metrics=f'{{"kind": "eval", "step": {step}}}\n',
     )
-    return state.place(folder, step)
+    return state.folder_of(folder, step)
 
 
 def test_the_newest_and_the_best_are_kept_and_the_half_written_are_no_checkpoints(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_the_newest_and_the_best_are_kept_and_the_half_written_are_no_checkpoint
 def test_of_a_checkpoint_that_is_a_link_the_link_is_dropped(tmp_path: Path) -> None:
     kept = checkpoint(tmp_path / "other_disk", 1)
     (tmp_path / "run").mkdir()
-    state.place(tmp_path / "run", 1).symlink_to(kept)
+    state.folder_of(tmp_path / "run", 1).symlink_to(kept)
     newer = checkpoint(tmp_path / "run", 2)
     state.drop_old(tmp_path / "run", keep=1)
     assert list((tmp_path / "run").iterdir()) == [newer]
@@ -110,7 +110,7 @@ def test_of_a_checkpoint_that_is_a_link_the_link_is_dropped(tmp_path: Path) -> N
 
 
 def test_a_checkpoint_under_another_steps_name_is_none(tmp_path: Path) -> None:
-    named = checkpoint(tmp_path, 3).rename(state.place(tmp_path, 9))
+    named = checkpoint(tmp_path, 3).rename(state.folder_of(tmp_path, 9))
     with pytest.raises(UserError, match="it is the state after step 3, under another step's name"):
         state.check(named)
 
@@ -180,7 +180,7 @@ def test_every_damage_to_the_record_of_a_checkpoint_is_found(
 
 def test_a_checkpoint_of_another_run_is_none_of_this_one(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
-    path = state.place(tmp_path, 1)
+    path = state.folder_of(tmp_path, 1)
     held = state.tensors(model, trained(model))
     state.write(path, asdict(state.Position(step=1)), held, run="aaa")
     state.check(path, run="aaa")

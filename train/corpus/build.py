@@ -91,8 +91,8 @@ def cut_by(settings: DataSettings, tokenizer: Path) -> DataSettings:
             there.
     """
     identity = tokenizer_identity(str(tokenizer))
-    kept = settings.home / TOKENIZER
-    is_same = kept.is_dir() and tokenizer_identity(str(kept)) == identity
+    own_tokenizer = settings.home / TOKENIZER
+    is_same = own_tokenizer.is_dir() and tokenizer_identity(str(own_tokenizer)) == identity
     if settings.corpus == "prepared":
         if not is_same:
             raise UserError(
@@ -116,16 +116,16 @@ def _outdated(folder: Path, settings: DataSettings, corpus: Corpus, progress: bo
     if manifest is None:
         return "building the tokens"
     before = dict(manifest["settings"])
-    wanted = _identity(settings)
+    identity = _identity(settings)
     if before.get("format") in EARLIER:  # stays as it is, split by names, until something else changes
         before |= {
             "format": FORMAT,
-            "max_broken": wanted["max_broken"],
-            "clean": {**before["clean"], "words": wanted["clean"]["words"]},
+            "max_broken": identity["max_broken"],
+            "clean": {**before["clean"], "words": identity["clean"]["words"]},
         }
-    changed = [key for key in wanted if before.get(key) != wanted[key]]
+    changed = [key for key in identity if before.get(key) != identity[key]]
     if changed:
-        lines = [f"{key} {before.get(key)} → {wanted[key]}" for key in changed]
+        lines = [f"{key} {before.get(key)} → {identity[key]}" for key in changed]
         changes = ", ".join(lines)
         return f"building the tokens again, for settings changed: {changes}"
     if not _same_text(manifest["inputs"], corpus, progress):
@@ -232,23 +232,23 @@ def begin(partial: Path, work: Workshop, identity: dict[str, Any], corpus: Corpu
     """Go on in what a stopped build of the same text and settings left; of another's, keep what the same
     files were read to."""
     # before reading, so that a change meanwhile is noticed next time
-    wanted = {"settings": identity, "stamp": corpus.stamp()}
+    stamped = {"settings": identity, "stamp": corpus.stamp()}
     record = work.folder / BEGUN
     has_ended = (partial / "manifest.json").exists()
     is_open = record.is_file() and not has_ended
     before = json.loads(record.read_text()) if is_open else None
-    if before == wanted:
+    if before == stamped:
         if progress:
             say(f"{partial}: going on with the build that was stopped")
         return
-    kept = {work.folder}
+    survivors = {work.folder}
     if before:
-        kept |= {work.folder / name for name in ("files", "text", "signatures", "overlaps")}
+        survivors |= {work.folder / name for name in ("files", "text", "signatures", "overlaps")}
     present = [*partial.glob("*"), *work.folder.glob("*")]
     for path in present:
-        if path not in kept:
+        if path not in survivors:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_json(record, wanted)
+    write_json(record, stamped)
 
 
 def plan(work: Workshop, identity: dict[str, Any], limit: int | None, files: Files) -> None:

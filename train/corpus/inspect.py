@@ -282,9 +282,9 @@ def _scores(sources: Sequence[Source]) -> Iterator[str]:
             least = i / 10
             most = (i + 1) / 10
             low = low_tenths[i]
-            kept = kept_tenths[i]
+            kept_count = kept_tenths[i]
             bounds = f"{least:.1f}–{most:.1f}"
-            rows.append([bounds, f"{low:,}", f"{kept:,}"])
+            rows.append([bounds, f"{low:,}", f"{kept_count:,}"])
         heading = (
             f"{source.name}: {cut['kept']:,} of {cut['scored']:,} documents kept, from a score of "
             f"{cut['threshold']:.3f} on"

@@ -21,13 +21,13 @@ SCHEMA = pyarrow.schema(
 )
 
 
-def write_listing(work: Workshop, folder: Path, taken: Iterable[tuple[int, Lengths]]) -> None:
+def write_listing(work: Workshop, folder: Path, lengths_of_tasks: Iterable[tuple[int, Lengths]]) -> None:
     """List what was taken of each task in a file in `folder`, whole or not at all."""
     with (
         whole_file(folder / LISTING) as partial,
         pyarrow.parquet.ParquetWriter(partial, SCHEMA, compression="zstd") as writer,
     ):
-        for task, lengths in taken:
+        for task, lengths in lengths_of_tasks:
             names = work.names(task)
             scores = scores_of(work, task)[lengths.row]
             columns = [

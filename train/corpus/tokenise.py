@@ -48,11 +48,11 @@ class Kept(PipelineStep):
 
 def kept_rows(work: Workshop, verdicts: Verdicts, task: int) -> Iterator[Row]:
     """The documents of a task that stay, in order."""
-    kept = verdicts.kept(task)
+    is_kept = verdicts.kept(task)
     for row in work.rows(task):
-        if row.number >= len(kept):  # behind a limit
+        if row.number >= len(is_kept):  # behind a limit
             return
-        if kept[row.number]:
+        if is_kept[row.number]:
             yield row
 
 
@@ -121,12 +121,12 @@ class Split:
 def _cut(text: str, share: float) -> int:
     """The position at which the last `share` of a text begins: at a paragraph, else a line, else a word."""
     length = len(text)
-    wanted = max(1, round(length * (1 - share)))
+    goal = max(1, round(length * (1 - share)))
     for end in ("\n\n", "\n", " "):
-        position = text.rfind(end, length // 2, wanted)
+        position = text.rfind(end, length // 2, goal)
         if position >= 0:
             return position + len(end)
-    return wanted
+    return goal
 
 
 class Tokenise(PipelineStep):

@@ -147,9 +147,9 @@ def remove_overlaps(
 def _overlaps(work: Workshop, verdicts: Verdicts) -> Iterator[tuple[int, int, int, str]]:
     """Task, document in it, n-gram and detail of every overlap of a document that is kept so far."""
     for task, _ in verdicts.ranges():
-        kept = np.isin(verdicts.of_task(task), (KEPT, OVERLAP))
+        is_kept = np.isin(verdicts.of_task(task), (KEPT, OVERLAP))
         for row, ngram, detail in _hits(work.overlaps(task)):
-            if row < len(kept) and kept[row]:
+            if row < len(is_kept) and is_kept[row]:
                 yield task, row, ngram, detail
 
 

@@ -50,10 +50,10 @@ def word_hashes(text_words: list[str]) -> np.ndarray:
     """64 bits for each word, the same on every machine. uint64, 1-D."""
     import xxhash
 
-    known = {
+    hashes = {
         word: xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass")) for word in set(text_words)
     }
-    return np.fromiter(map(known.__getitem__, text_words), np.uint64, len(text_words))
+    return np.fromiter(map(hashes.__getitem__, text_words), np.uint64, len(text_words))
 
 
 def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:

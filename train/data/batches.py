@@ -141,15 +141,15 @@ def validation_batches(
         UserError: the split, or `tokens`, is less than one window.
     """
     windows = window_count(split, context)
-    wanted = min(windows, tokens // context)
-    if wanted == 0:
+    count = min(windows, tokens // context)
+    if count == 0:
         raise UserError(
             f"train.eval_tokens: {tokens} is less than one window of train.context={context} tokens; raise it"
         )
     size = batch_size or max(1, EVALUATION_TOKENS // context)
-    numbers = np.arange(wanted, dtype=np.int64)
-    chosen = numbers * windows // wanted
-    firsts = range(0, wanted, size)
+    numbers = np.arange(count, dtype=np.int64)
+    chosen = numbers * windows // count
+    firsts = range(0, count, size)
     return (_read(split, chosen[first : first + size], context) for first in firsts)
 
 

@@ -329,8 +329,8 @@ def apart(sources: Mapping[str, DataSettings]) -> dict[str, DataSettings]:
     separate: dict[str, DataSettings] = {}
     for name, source in sources.items():
         home = str(source.home)
-        taken = first.setdefault(home, source) != source
-        if taken:
+        is_twice = first.setdefault(home, source) != source
+        if is_twice:
             source = replace(source, folder=f"{home}-{name}")
         separate[name] = source
     return separate

@@ -63,14 +63,14 @@ def open_tokens(settings: DataSettings, *, progress: bool = True) -> TokenData:
     """
     folder = settings.home
     files = _files(settings)
-    wanted = {
+    identity = {
         "settings": _identity(settings),
         "inputs": {name: _stamps(part) for name, part in files.items()},
     }
-    if not _is_current(folder, wanted):
+    if not _is_current(folder, identity):
         with one_at_a_time(folder):
-            if not _is_current(folder, wanted):  # not checked by another while we waited
-                _check(folder, settings, files, wanted, progress)
+            if not _is_current(folder, identity):  # not checked by another while we waited
+                _check(folder, settings, files, identity, progress)
     return open_data(folder)
 
 
@@ -107,12 +107,12 @@ def _stamps(files: Sequence[TokenFile]) -> list[list[Any]]:
     return stamps
 
 
-def _is_current(folder: Path, wanted: dict[str, Any]) -> bool:
+def _is_current(folder: Path, identity: dict[str, Any]) -> bool:
     manifest = read_manifest(folder)
     if manifest is None:
         return False
-    kept = {key: manifest[key] for key in wanted}
-    return kept == wanted
+    values = {key: manifest[key] for key in identity}
+    return values == identity
 
 
 # ---- checking ----------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def _check(
     folder: Path,
     settings: DataSettings,
     files: dict[str, list[TokenFile]],
-    wanted: dict[str, Any],
+    identity: dict[str, Any],
     progress: bool,
 ) -> None:
     """Read all files once, and write the manifest and the tokenizer."""
@@ -159,7 +159,7 @@ def _check(
         counts[name] = Count(nothing)
         for part in parts[name]:
             _count(part, dtype, counts[name], tokenizer)
-    manifest = wanted | _contents(counts, dtype, tokenizer)
+    manifest = identity | _contents(counts, dtype, tokenizer)
     with whole_folder(folder) as partial:
         save_tokenizer(tokenizer, partial / TOKENIZER)
         write_manifest(partial, manifest | {"fingerprint": fingerprint(manifest)})
@@ -244,7 +244,7 @@ def _parts(
     ends."""
     whole_files: dict[str, list[Part]] = {}
     for name, of_split in files.items():
-        whole_files[name] = [_whole(file, dtype) for file in of_split]
+        whole_files[name] = [_file_part(file, dtype) for file in of_split]
     if whole_files["validation"]:
         return whole_files
 
@@ -253,8 +253,8 @@ def _parts(
     for part in whole_files["train"]:
         length = part.stop
         held_out = max(1, round(length * share))
-        wanted = length - held_out
-        cut = _cut(part.file, dtype, wanted, end_of_text)
+        goal = length - held_out
+        cut = _cut(part.file, dtype, goal, end_of_text)
         if cut:
             train.append(Part(part.file, 0, cut))
         if cut < length:
@@ -264,21 +264,21 @@ def _parts(
     return {"train": train, "validation": validation}
 
 
-def _whole(file: TokenFile, dtype: np.dtype) -> Part:
+def _file_part(file: TokenFile, dtype: np.dtype) -> Part:
     return Part(file, 0, len(file.ids(dtype)))
 
 
-def _cut(file: TokenFile, dtype: np.dtype, wanted: int, end_of_text: int) -> int:
-    """The end of a document that is nearest behind `wanted`, else in front of it; where there is none,
-    `wanted` itself."""
+def _cut(file: TokenFile, dtype: np.dtype, goal: int, end_of_text: int) -> int:
+    """The end of a document that is nearest behind `goal`, else in front of it; where there is none,
+    `goal` itself."""
     ids = file.ids(dtype)
     if file.documents is not None:
-        behind = file.documents_before(wanted - 1)
+        behind = file.documents_before(goal - 1)
         for number in (behind, behind - 1):
             end = file.end(number) if 0 <= number < file.documents else 0
             if 0 < end < len(ids):
                 return end
-        return wanted
+        return goal
 
     def ends_in(first: int, stop: int) -> np.ndarray:
         """The ends of the documents whose end of text is in [first, stop)."""
@@ -286,15 +286,15 @@ def _cut(file: TokenFile, dtype: np.dtype, wanted: int, end_of_text: int) -> int
         return first + 1 + np.flatnonzero(is_end)
 
     last = len(ids) - 1
-    for first in range(max(0, wanted - 1), last, CHUNK):
+    for first in range(max(0, goal - 1), last, CHUNK):
         ends = ends_in(first, min(last, first + CHUNK))
         if len(ends):
             return int(ends[0])
-    for stop in range(wanted, 0, -CHUNK):
+    for stop in range(goal, 0, -CHUNK):
         ends = ends_in(max(0, stop - CHUNK), stop)
         if len(ends):
             return int(ends[-1])
-    return wanted
+    return goal
 
 
 # ---- whose tokens they are ---------------------------------------------------------------------------------

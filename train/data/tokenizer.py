@@ -228,8 +228,8 @@ def _spelling(
     while start < len(content):
         ends = range(len(content), start, -1)
         pieces = (content[start:end] for end in ends)
-        known = (piece for piece in pieces if piece in vocabulary and piece not in special)
-        piece = next(known, None)
+        candidates = (piece for piece in pieces if piece in vocabulary and piece not in special)
+        piece = next(candidates, None)
         if piece:
             ids.append(vocabulary[piece])
             start += len(piece)

@@ -44,7 +44,7 @@ def check_agreement(
         return
     store.set(f"settings of {process}", json.dumps(own))
     if process == 0:
-        verdicts = (_verdict(own, other, _given(store, other)) for other in range(1, count))
+        verdicts = (_verdict(own, other, _settings_of(store, other)) for other in range(1, count))
         store.set("verdict", next(filter(None, verdicts), ""))
     verdict = store.get("verdict").decode()
     if verdict:
@@ -76,19 +76,19 @@ def _is_own(key: str) -> bool:
     return group in OWN or is_place
 
 
-def _given(store: torch.distributed.Store, process: int) -> dict[str, Any]:
+def _settings_of(store: torch.distributed.Store, process: int) -> dict[str, Any]:
     """The settings that a process has put into the store, for which it is waited."""
-    given: dict[str, Any] = json.loads(store.get(f"settings of {process}"))
-    return given
+    settings: dict[str, Any] = json.loads(store.get(f"settings of {process}"))
+    return settings
 
 
-def _verdict(own: Mapping[str, Any], process: int, given: Mapping[str, Any]) -> str:
+def _verdict(own: Mapping[str, Any], process: int, other: Mapping[str, Any]) -> str:
     """Say what a process was given otherwise than process 0; "" where nothing is."""
-    differing = [key for key in sorted({**own, **given}) if own.get(key) != given.get(key)]
+    differing = [key for key in sorted({**own, **other}) if own.get(key) != other.get(key)]
     if not differing:
         return ""
-    told = "; ".join(f"{key}={given.get(key)}, not {own.get(key)}" for key in differing)
+    differences = "; ".join(f"{key}={other.get(key)}, not {own.get(key)}" for key in differing)
     return (
-        f"process {process} was started with other settings than process 0: {told}; start "
+        f"process {process} was started with other settings than process 0: {differences}; start "
         "every process with the same command"
     )

@@ -59,7 +59,7 @@ class SigmoidGELU(torch.autograd.Function):
         flat = inputs.reshape(-1)
         value = torch.empty_like(flat)
         derivative = torch.empty_like(flat)
-        pieces = [whole.split(PIECE) for whole in (flat, value, derivative)]
+        pieces = [tensor.split(PIECE) for tensor in (flat, value, derivative)]
         for piece in zip(*pieces, strict=True):
             _gelu_and_slope(*piece)
         context.save_for_backward(derivative.view(inputs.shape))

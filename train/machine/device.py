@@ -94,7 +94,7 @@ def session(
     precision: str,
     sharding: ShardingSettings | None = None,
     hang_seconds: float | None = None,
-    given: Mapping[str, Any] | None = None,
+    common_settings: Mapping[str, Any] | None = None,
 ) -> Iterator[Accelerator]:
     """An `Accelerator` for one run.
 
@@ -103,7 +103,7 @@ def session(
     Args:
         hang_seconds: after which train/watch.py ends a run whose processes wait for one another; the
             library's own limit comes later.
-        given: settings that all processes must have in common.
+        common_settings: settings that all processes must have in common.
 
     Raises:
         UserError: bf16 was asked for on a GPU that lacks it, or FSDP from Accelerate's launcher, or a process
@@ -128,8 +128,8 @@ def session(
         # what autocast leaves in float32, the fused loss, is multiplied in TF32
         torch.set_float32_matmul_precision("high")
     try:
-        if given is not None:
-            check_agreement(given, signs(), accelerator.process_index, accelerator.num_processes)
+        if common_settings is not None:
+            check_agreement(common_settings, signs(), accelerator.process_index, accelerator.num_processes)
         yield accelerator
         accelerator.end_training()
     finally:
@@ -209,13 +209,13 @@ def _reset() -> None:
     assert not PartialState._shared_state
 
 
-def _mixed_precision(asked: str, cpu: bool) -> str:
+def _mixed_precision(precision: str, cpu: bool) -> str:
     able = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    if asked == "bf16" and not cpu and not able:
+    if precision == "bf16" and not cpu and not able:
         raise UserError(
             f"train.precision=bf16: {torch.cuda.get_device_name()} has no bf16; use train.precision=fp32",
         )
-    mixes = asked == "bf16" or (asked == "auto" and able)
+    mixes = precision == "bf16" or (precision == "auto" and able)
     return "bf16" if mixes else "no"
 
 

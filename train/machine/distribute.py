@@ -155,7 +155,7 @@ def shared_as(like: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """`tensor` put together from all processes' parts, for which every process has to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -163,4 +163,4 @@ def whole(tensor: Tensor) -> Tensor:
 def total_norm(tensors: list[Tensor]) -> Tensor:
     """The 2-norm of `tensors` as one vector, over all processes where they are sharded."""
     norm = torch.nn.utils.get_total_norm(tensors)
-    return whole(norm)
+    return gather(norm)

@@ -81,8 +81,8 @@ def _cache_in(
     with world(network), torch.no_grad():
         ids = torch.zeros(1, context, dtype=torch.int64)
         out = network(input_ids=ids, use_cache=True)
-    kept = [out.get(name) for name in ("past_key_values", "cache_params")]
-    tensors = _tensors(kept, set())
+    caches = [out.get(name) for name in ("past_key_values", "cache_params")]
+    tensors = _tensors(caches, set())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

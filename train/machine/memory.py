@@ -68,8 +68,8 @@ def memory(
     Raises:
         UserError: the class does not support checkpointing, or its forward pass does not run.
     """
-    held = moments(settings, config, network, groups, rows)
-    return max(held.values(), key=lambda moment: moment.total)
+    by_moment = moments(settings, config, network, groups, rows)
+    return max(by_moment.values(), key=lambda moment: moment.total)
 
 
 def moments(
@@ -85,7 +85,7 @@ def moments(
         attention = network.config._attn_implementation
         with FakeTensorMode():
             network = empty_model(config, dtype=torch.bfloat16, attention=attention)
-    kept = _activations(network, config, rows, loop, bf16=bf16)
+    stored = _activations(network, config, rows, loop, bf16=bf16)
     speed_up(network, loop)  # refuses what the class does not support
     tokens = rows * loop.context
     fused = fuses(config, loop.loss)
@@ -102,10 +102,10 @@ def moments(
     rest = _at_rest(settings, groups, rows, sharded=sharded)
     full = _entries_in(groups) * GRADIENT / (gpus if sharded else 1)
     return {
-        "forward": replace(rest, gathered=fsdp.loss, activations=kept.loss + copies, logits=forward),
-        "loss": replace(rest, gathered=fsdp.loss, activations=kept.loss, logits=backward),
-        "backward": replace(rest, gathered=fsdp.backward, activations=kept.backward + fsdp.gradients),
-        "end": replace(rest, gradients=full, gathered=fsdp.end, activations=kept.end + fsdp.gradients),
+        "forward": replace(rest, gathered=fsdp.loss, activations=stored.loss + copies, logits=forward),
+        "loss": replace(rest, gathered=fsdp.loss, activations=stored.loss, logits=backward),
+        "backward": replace(rest, gathered=fsdp.backward, activations=stored.backward + fsdp.gradients),
+        "end": replace(rest, gradients=full, gathered=fsdp.end, activations=stored.end + fsdp.gradients),
         "reduced": replace(rest, gradients=full, gathered=fsdp.reduced),
     }
 

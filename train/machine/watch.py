@@ -138,18 +138,18 @@ def blame(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> tuple[
     for process, (earlier, later) in enumerate(pairs):
         if later is None or later == earlier:
             silent.append(process)
-    known = {process: sign for process, sign in enumerate(after) if sign is not None}
-    steps = [sign.step for sign in known.values()]
+    signs_by_process = {process: sign for process, sign in enumerate(after) if sign is not None}
+    steps = [sign.step for sign in signs_by_process.values()]
     newest = max(steps, default=0)
-    busy = [process for process, sign in known.items() if not sign.waits]
-    behind = [process for process, sign in known.items() if sign.step < newest]
+    busy = [process for process, sign in signs_by_process.items() if not sign.waits]
+    behind = [process for process, sign in signs_by_process.items() if sign.step < newest]
     # The first of these groups that has anyone is named; busy or behind, all together tell nothing.
-    telling = [group for group in (busy, behind) if len(group) < len(known)]
-    groups = [silent, *telling, list(known)]
+    telling = [group for group in (busy, behind) if len(group) < len(signs_by_process)]
+    groups = [silent, *telling, list(signs_by_process)]
     named = next(filter(None, groups), [])
     sentences = []
     for process in named:
-        sign = known.get(process)
+        sign = signs_by_process.get(process)
         sentences.append(_sentence(process, sign, process in silent))
     return named, "; ".join(sentences)
 

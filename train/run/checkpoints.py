@@ -73,10 +73,10 @@ class Saver:
         if position.step == self.newest:
             return
         self.newest = position.step
-        held = state.tensors(self.objective, self.optimizer, self.averaged)
+        contents = state.tensors(self.objective, self.optimizer, self.averaged)
         if self.settings.save_async:
-            held = {key: tensor.to("cpu", copy=True) for key, tensor in held.items()}
-        arguments = (asdict(position), held, metrics)
+            contents = {key: tensor.to("cpu", copy=True) for key, tensor in contents.items()}
+        arguments = (asdict(position), contents, metrics)
         self.thread = Thread(target=self._write, args=arguments, daemon=True)
         self.thread.start()
         if not self.settings.save_async:
@@ -96,10 +96,10 @@ class Saver:
             self.fault = None
             raise fault
 
-    def _write(self, position: Mapping[str, Any], held: Mapping[str, Tensor], metrics: str) -> None:
+    def _write(self, position: Mapping[str, Any], contents: Mapping[str, Tensor], metrics: str) -> None:
         try:
-            path = state.place(self.folder, position["step"])
-            state.write(path, position, held, self.group, main=self.main, metrics=metrics, run=self.run)
+            path = state.folder_of(self.folder, position["step"])
+            state.write(path, position, contents, self.group, main=self.main, metrics=metrics, run=self.run)
             if self.main:
                 state.drop_old(
                     self.folder,
@@ -164,7 +164,7 @@ def _fault(path: Path, accelerator: Accelerator, run: str | None) -> str | None:
 
 def _set_aside(
     faults: Mapping[Path, str],
-    taken: Path,
+    chosen: Path,
     accelerator: Accelerator,
     say: Callable[[str], None],
 ) -> None:
@@ -173,4 +173,4 @@ def _set_aside(
     """
     for path, fault in faults.items() if accelerator.is_main_process else ():
         aside = state.set_aside(path)
-        say(f"{fault}: {aside.name} is of no use, and the run goes on from {taken.name}")
+        say(f"{fault}: {aside.name} is of no use, and the run goes on from {chosen.name}")

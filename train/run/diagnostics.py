@@ -16,7 +16,7 @@ from outgrow.growth.record import recorded_plan
 from outgrow.model.build import stored_names
 from outgrow.model.conversion import in_file
 from outgrow.model.family import family_of, has_schema
-from outgrow.train.machine.distribute import whole
+from outgrow.train.machine.distribute import gather
 from outgrow.train.run.symmetry import Row, copy_cosines, norms, unit_axes, unit_counts
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Diagnostics:
         if has_schema(config):
             names = stored_names(self.network)
             return Whole({names[name]: tensor for name, tensor in tensors.items()})
-        parts = {name: whole(tensor) for name, tensor in tensors.items()}
+        parts = {name: gather(tensor) for name, tensor in tensors.items()}
         return in_file(config, parts)
 
 
@@ -152,7 +152,7 @@ class Whole(Mapping[str, Tensor]):
         self.parts = parts
 
     def __getitem__(self, name: str) -> Tensor:
-        return whole(self.parts[name])
+        return gather(self.parts[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parts)

@@ -235,8 +235,8 @@ def _active(run: RunRecord) -> str:
 def _growth(stage: Mapping[str, Any]) -> str:
     """The growth that a stage begins with, and what became of the optimizer's state, unless that began
     anew."""
-    told: dict[Any, str] = {"copied": ", moments copied", "kept": ", moments kept", True: ", moments grown"}
-    moments = told.get(stage.get("moments"), "")
+    words: dict[Any, str] = {"copied": ", moments copied", "kept": ", moments kept", True: ", moments grown"}
+    moments = words.get(stage.get("moments"), "")
     return f"{stage['operator']}{moments}"
 
 

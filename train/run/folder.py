@@ -112,14 +112,14 @@ def unkept(folder: Path, run: RunRecord, settings: Settings) -> str | None:
         return "the optimizer's state (train.keep_optimizer)"
     if settings.train.save_dtype is None:
         return None
-    asked = final_dtype(folder, settings, run.start.source_dtype)
-    return None if asked == kept_dtype(folder) else f"its weights in {asked} (train.save_dtype)"
+    dtype = final_dtype(folder, settings, run.start.source_dtype)
+    return None if dtype == kept_dtype(folder) else f"its weights in {dtype} (train.save_dtype)"
 
 
 def texts_elsewhere(run: RunRecord, settings: Settings) -> str:
     """Say where the text lies that a complete run has read, if that is not where it is asked for now."""
-    asked = flatten(json.loads(json.dumps(asdict(settings))))
-    differing = differing_settings(flatten(run.settings), asked)
+    now = flatten(json.loads(json.dumps(asdict(settings))))
+    differing = differing_settings(flatten(run.settings), now)
     of_text = list(filter(is_text, differing))
     if not of_text:
         return ""
@@ -136,8 +136,8 @@ def recast_to(folder: Path, run: RunRecord, settings: Settings) -> str | None:
     """
     if settings.train.keep_optimizer and not keeps_optimizer(folder):
         return None
-    asked = final_dtype(folder, settings, run.start.source_dtype)
-    return asked if kept_dtype(folder) == "float32" != asked else None
+    dtype = final_dtype(folder, settings, run.start.source_dtype)
+    return dtype if kept_dtype(folder) == "float32" != dtype else None
 
 
 def keeps_optimizer(folder: Path) -> bool:
@@ -155,13 +155,13 @@ def final_dtype(folder: Path, settings: Settings, source: str | None) -> str:
     Raises:
         UserError: the source's dtype is asked for and not known.
     """
-    asked = settings.train.save_dtype
-    if asked == "source" and source is None:
+    choice = settings.train.save_dtype
+    if choice == "source" and source is None:
         raise UserError(
             "train.save_dtype=source: the dtype of the source's weights is not known; give float32, "
             "bfloat16 or float16",
         )
-    return (source if asked == "source" else asked) or kept_dtype(folder) or "float32"
+    return (source if choice == "source" else choice) or kept_dtype(folder) or "float32"
 
 
 def kept_dtype(folder: Path) -> str | None:

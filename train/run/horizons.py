@@ -45,8 +45,8 @@ def keep_stable(folder: Path, settings: Settings, step: int) -> None:
     """
     if step != branch_step(settings) or stable_checkpoint(folder) is not None:
         return
-    checkpoint = state.place(folder / run_folder.CHECKPOINTS, step)
-    with whole_folder(state.place(folder / STABLE, step)) as partial:
+    checkpoint = state.folder_of(folder / run_folder.CHECKPOINTS, step)
+    with whole_folder(state.folder_of(folder / STABLE, step)) as partial:
         _copy(checkpoint, partial)
 
 
@@ -59,8 +59,8 @@ def branch_step(settings: Settings) -> int | None:
 
 def stable_checkpoint(folder: Path) -> Path | None:
     """The kept state in a run's folder."""
-    kept = state.complete(folder / STABLE)
-    return kept[-1] if kept else None
+    checkpoints = state.complete(folder / STABLE)
+    return checkpoints[-1] if checkpoints else None
 
 
 # ---- taking it over ----------------------------------------------------------------------------------------
@@ -78,13 +78,13 @@ def find_trunk(trunks: Sequence[Path], settings: Settings, say: Callable[[str], 
     usable: list[tuple[state.Position, Path]] = []
     for folder in trunks:
         record = run_folder.read_run(folder)
-        kept = stable_checkpoint(folder)
-        if record is None or kept is None:
+        checkpoint = stable_checkpoint(folder)
+        if record is None or checkpoint is None:
             continue
         _check_trunk(folder, record, settings)
         try:
-            state.check(kept, run=record.settings_hash)
-            position = state.peek(kept)
+            state.check(checkpoint, run=record.settings_hash)
+            position = state.peek(checkpoint)
         except UserError as damage:
             say(f"{damage}: no trunk to go on from")
             continue
@@ -132,20 +132,20 @@ def take_over_trunk(folder: Path, record: Trunk, run: str) -> None:
     """
     trunk = Path(record.folder)
     checkpoints = folder / run_folder.CHECKPOINTS
-    kept = state.place(trunk / STABLE, record.step)
-    if not (kept / state.STATE).is_file():
+    checkpoint = state.folder_of(trunk / STABLE, record.step)
+    if not (checkpoint / state.STATE).is_file():
         raise UserError(
-            f"{folder}: it goes on from {kept}, which is gone; delete the folder to train it from its "
+            f"{folder}: it goes on from {checkpoint}, which is gone; delete the folder to train it from its "
             "beginning",
         )
     try:
-        state.check(kept)
+        state.check(checkpoint)
     except UserError as damage:
         raise UserError(
             f"{folder}: it goes on from a state that is damaged ({damage}); delete the folder to train it "
             "from its beginning"
         ) from None
-    metrics = (kept / run_folder.METRICS).read_text()
+    metrics = (checkpoint / run_folder.METRICS).read_text()
     write_text(folder / run_folder.METRICS, metrics)
     if (trunk / run_folder.SAMPLES).is_file():
         (folder / run_folder.SAMPLES).unlink(missing_ok=True)
@@ -154,8 +154,8 @@ def take_over_trunk(folder: Path, record: Trunk, run: str) -> None:
         if (trunk / name).is_dir() and not (folder / name).exists():
             with whole_folder(folder / name) as partial:
                 _copy(trunk / name, partial)
-    with whole_folder(state.place(checkpoints, record.step)) as partial:
-        _copy(kept, partial)
+    with whole_folder(state.folder_of(checkpoints, record.step)) as partial:
+        _copy(checkpoint, partial)
         state.adopt(partial, run)
 
 

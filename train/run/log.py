@@ -69,14 +69,14 @@ class Log:
             return
         path = self.path.with_name(SAMPLES)
         try:
-            kept = read_object(path, "it is written anew") if path.is_file() else {}
+            by_time = read_object(path, "it is written anew") if path.is_file() else {}
         except UserError as error:
             self.console.say(str(error))
-            kept = {}
+            by_time = {}
         rows = list(map(asdict, written))
-        kept[when] = {**clocks, "samples": rows}
+        by_time[when] = {**clocks, "samples": rows}
         try:
-            write_json(path, kept)
+            write_json(path, by_time)
         except UserError as error:
             self.console.say(str(error))
         for tracker in self.trackers:
@@ -128,14 +128,14 @@ def shortened(name: str) -> str:
 
 def _diagnosis(values: Mapping[str, Any]) -> str:
     """The diagnostics of all layers together, in a line."""
-    known = [key for key in values if "/layer_" not in key]
+    keys = [key for key in values if "/layer_" not in key]
     cosines = [
         f"{key.removeprefix('copy_cosine/')} {values[key]:.4f}"
-        for key in known
+        for key in keys
         if key.startswith("copy_cosine/")
     ]
     parts = [f"cosine of copies: {', '.join(cosines)}"] if cosines else []
-    parts += [f"{values[key]} {key.replace('_', ' ')}" for key in known if key.endswith("_units")]
+    parts += [f"{values[key]} {key.replace('_', ' ')}" for key in keys if key.endswith("_units")]
     parts.append(f"update rms {values['update_rms']:.2e}")
     if "update_rms/new" in values:
         parts.append(f"of new entries {values['update_rms/new']:.2e}")

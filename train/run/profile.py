@@ -85,10 +85,10 @@ def profiling(
     """A `Profile` of a run that goes on after `clock`'s step; it writes what it has traced also where the
     block ends early.
     """
-    done = clock.position.step
-    if steps and steps[-1] <= done:
-        asked = f"train.profile_steps={steps[0]}-{steps[-1]}"
-        say(f"{asked}: the run is after step {done}; nothing is traced")
+    step = clock.position.step
+    if steps and steps[-1] <= step:
+        setting = f"train.profile_steps={steps[0]}-{steps[-1]}"
+        say(f"{setting}: the run is after step {step}; nothing is traced")
     profile_of_run = Profile(folder, steps, process, clock)
     try:
         yield profile_of_run

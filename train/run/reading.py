@@ -35,11 +35,11 @@ def reading(settings: Settings, source: Path | None, run: RunRecord | None) -> D
     if settings.data.tokenizer is not None:
         return settings.data
     if run is not None:
-        kept = run.data.cut
+        cut = run.data.cut
         return (
             settings.data
-            if kept is None
-            else replace(settings.data, folder=kept["folder"], tokenizer=_still_there(kept))
+            if cut is None
+            else replace(settings.data, folder=cut["folder"], tokenizer=_still_there(cut))
         )
     if source is None or not has_tokenizer(source):
         return settings.data
@@ -56,10 +56,10 @@ def cut_record(settings: DataSettings) -> dict[str, str] | None:
     return {"tokenizer": str(settings.tokenizer), "folder": str(settings.home)}
 
 
-def _still_there(kept: Mapping[str, str]) -> str:
+def _still_there(cut: Mapping[str, str]) -> str:
     """The tokenizer's folder: where it was, or beside the tokens that it cut."""
-    tokenizer = kept["tokenizer"]
-    return tokenizer if has_tokenizer(Path(tokenizer)) else f"{kept['folder']}/tokenizer"
+    tokenizer = cut["tokenizer"]
+    return tokenizer if has_tokenizer(Path(tokenizer)) else f"{cut['folder']}/tokenizer"
 
 
 def tokenizer_warnings(

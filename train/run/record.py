@@ -328,8 +328,8 @@ def _evaluation(row: Any) -> LoggedEvaluation | None:
         raise TypeError(f"expected an object, found {type(row).__name__}")
     if row.get("kind") != "eval":
         return None
-    known = row["val_loss"]
-    loss = math.nan if known is None else float(known)
+    value = row["val_loss"]
+    loss = math.nan if value is None else float(value)
     tokens = float(row["tokens"])
     flops = float(row["flops"])
     return LoggedEvaluation(tokens, flops, loss)

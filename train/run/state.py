@@ -90,21 +90,21 @@ def tensors(
             as `DTensor`s.
         averaged: the averaged weights by the network's own names, where there are any.
     """
-    held: dict[str, Tensor] = {}
+    contents: dict[str, Tensor] = {}
     names: dict[int, str] = {}
     for key, tensor in objective.state_dict(keep_vars=True).items():
         if id(tensor) not in names:  # a tied tensor counts once
             name = key.removeprefix("network.")
             names[id(tensor)] = name
-            held[f"model/{name}"] = tensor.detach()
+            contents[f"model/{name}"] = tensor.detach()
     for parameter, slots in optimizer.state.items():
         name = names[id(parameter)]
         for slot, value in slots.items():
             for part, tensor in _plain(slot, value):
-                held[f"optimizer/{part}/{name}"] = tensor
+                contents[f"optimizer/{part}/{name}"] = tensor
     for name, tensor in (averaged or {}).items():
-        held[f"ema/{name}"] = tensor
-    return held
+        contents[f"ema/{name}"] = tensor
+    return contents
 
 
 def _plain(slot: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -135,7 +135,7 @@ def _materialise(optimizer: torch.optim.Optimizer) -> None:
 def write(
     path: Path,
     position: Mapping[str, Any],
-    held: Mapping[str, Tensor],
+    contents: Mapping[str, Tensor],
     group: Any = None,
     *,
     main: bool = True,
@@ -148,7 +148,7 @@ def write(
 
     Args:
         position: `asdict` of where the run stands.
-        held: of `tensors`, or a copy.
+        contents: of `tensors`, or a copy.
         group: a gloo group of all processes; None for one process.
         main: true on the process that makes the folder.
         metrics: the rows of metrics.jsonl so far, on the process that makes the folder.
@@ -162,7 +162,7 @@ def write(
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         alone = group is None
         with _first_fault():
-            dcp.save(dict(held), storage_writer=writer, process_group=group, no_dist=alone)
+            dcp.save(dict(contents), storage_writer=writer, process_group=group, no_dist=alone)
         digests = _all_digests(partial, group)
         if main:
             write_text(partial / METRICS, metrics)
@@ -244,7 +244,7 @@ def peek(path: Path) -> Position:
     """
     with _telling_damage(path):
         record = _record(path)
-        if place(path.parent, record["step"]) != path:
+        if folder_of(path.parent, record["step"]) != path:
             raise ValueError(f"it is the state after step {record['step']}, under another step's name")
         digests = record.pop("files")
         record = without(record, (SIGNATURE, "run"))
@@ -312,7 +312,7 @@ def _first_fault() -> Iterator[None]:
 # ---- the folder of checkpoints -----------------------------------------------------------------------------
 
 
-def place(folder: Path, step: int) -> Path:
+def folder_of(folder: Path, step: int) -> Path:
     """The folder of the checkpoint of `step`."""
     return folder / f"step-{step:08d}"
 
@@ -338,7 +338,7 @@ def complete(folder: Path, *, tidy: bool = False) -> list[Path]:
 def drop_old(folder: Path, keep: int, best: int | None = None) -> None:
     """Remove all checkpoints but the newest `keep` and that of step `best`."""
     for path in complete(folder)[:-keep]:
-        if best is None or path != place(folder, best):
+        if best is None or path != folder_of(folder, best):
             # so that one which a kill leaves half removed is not taken for whole
             dropped = partial_of(path)
             os.rename(path, dropped)
@@ -358,8 +358,8 @@ def restore_metrics(path: Path, saved: Path | None) -> bool:
 
     Return whether rows of that had gone.
     """
-    kept = b"" if saved is None else (saved / METRICS).read_bytes()
+    prefix = b"" if saved is None else (saved / METRICS).read_bytes()
     there = path.read_bytes() if path.is_file() else b""
-    if there != kept:
-        write_text(path, kept.decode())
-    return not there.startswith(kept)
+    if there != prefix:
+        write_text(path, prefix.decode())
+    return not there.startswith(prefix)

@@ -161,8 +161,8 @@ def copied_pairs(grown: AxisMap) -> tuple[np.ndarray, np.ndarray]:
     further = np.flatnonzero(grown.copies & ~is_first)
     first = np.zeros(grown.source, np.int64)  # of each source index
     first[grown.index[originals]] = originals
-    taken = grown.index[further]
-    return further, first[taken]
+    origins = grown.index[further]
+    return further, first[origins]
 
 
 def axis_kind(plan: Plan, step: Step, axis: int) -> str:
@@ -230,8 +230,8 @@ def unit_axes(tensors: Iterable[family.Tensor]) -> dict[str, list[UnitAxis]]:
 def unit_parts(axis: Axis) -> int:
     """Count how many times the hidden units lie along an axis, end to end; 0 for another axis."""
     own = axis.parts if isinstance(axis, Parts) else (axis,)
-    known = [isinstance(part, Space) and part.name in UNITS for part in own]
-    return len(own) if all(known) else 0
+    are_units = [isinstance(part, Space) and part.name in UNITS for part in own]
+    return len(own) if all(are_units) else 0
 
 
 def unit_counts(

@@ -42,12 +42,12 @@ class Tracker:
         if clocks["step"] < self.begun:
             return
         step = clocks["step"]
-        known = {key: value for key, value in values.items() if value is not None}
-        losses = {key: value for key, value in known.items() if key.endswith("loss")}
+        numbers = {key: value for key, value in values.items() if value is not None}
+        losses = {key: value for key, value in numbers.items() if key.endswith("loss")}
         row = {key: clocks[key] for key in CLOCKS}
         if self.name == "trackio":  # which keeps it itself
             del row["step"]
-        row |= _under(kind, known)
+        row |= _under(kind, numbers)
         # its only x-axis is a whole number: curves over other clocks are written at their time
         if self.name == "tensorboard":
             self._guard(partial(_log, row, step))

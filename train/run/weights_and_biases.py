@@ -72,9 +72,9 @@ def end(run: Any, status: int) -> None:
     run.finish(exit_code=status)
 
 
-def project(asked: str) -> str:
+def project(title: str) -> str:
     """The project's name: WANDB_PROJECT, else the one asked for, in the characters that W&B takes."""
-    name = os.environ.get("WANDB_PROJECT") or asked
+    name = os.environ.get("WANDB_PROJECT") or title
     return re.sub(r"[/\\#?%:]", "_", name)[:LONGEST_NAME]
 
 
@@ -106,9 +106,9 @@ def _clean(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
 
 
-def _mode(asked: str) -> str:
-    if asked != "auto":
-        return asked
+def _mode(mode: str) -> str:
+    if mode != "auto":
+        return mode
     import wandb
 
     return os.environ.get("WANDB_MODE") or (

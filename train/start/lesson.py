@@ -79,10 +79,10 @@ def _calibration(settings: Settings, config: dict[str, Any], source: Path) -> Ca
 def _check_apart(text: Calibration, data: TokenData) -> None:
     """Refuse a text of which a quarter is among the validation tokens."""
     first = data.validation.tokens[:MOST]
-    held = np.asarray(first, "<u4").tobytes()
+    beginning_bytes = np.asarray(first, "<u4").tobytes()
     rows = (*text.fit, *text.held)
     beginnings = [row[:COMPARED].astype("<u4").tobytes() for row in rows]
-    shared = sum(beginning in held for beginning in beginnings)
+    shared = sum(beginning in beginning_bytes for beginning in beginnings)
     if 4 * shared >= len(beginnings):
         raise UserError(
             f"growth.text {text.name!r}: is the text that the run validates on ({shared} of "

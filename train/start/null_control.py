@@ -33,11 +33,11 @@ def norm_gain(settings: Settings, config: Mapping[str, Any]) -> float:
     Raises:
         UserError: there is no target, or it is no wider than the source.
     """
-    asked = settings.growth.options.get(OPTION)
-    if asked is None or settings.growth.operator != "source":
+    choice = settings.growth.options.get(OPTION)
+    if choice is None or settings.growth.operator != "source":
         return 1.0
-    if asked != "target":
-        raise UserError(f"growth.{OPTION}: expected target, whose width it is read from, found {asked!r}")
+    if choice != "target":
+        raise UserError(f"growth.{OPTION}: expected target, whose width it is read from, found {choice!r}")
     if settings.target is None:
         raise UserError("target: missing; the null control takes its width from it (target={hidden_size:96})")
     before = known_size(config, "hidden_size") or 0

@@ -103,23 +103,23 @@ def shares(
     read: dict[str, float | None] = dict.fromkeys(mixture.sources, 0.0)
     left = float(tokens)
     for phase in mixture.phases:
-        asked: dict[str, float | None] = {}
+        by_name: dict[str, float | None] = {}
         if phase.passes is not None:
             for name, times in phase.passes.items():
                 text = stocks[name]
-                asked[name] = times * text.tokens if text else None
+                by_name[name] = times * text.tokens if text else None
         else:
             length: float = left if phase.tokens is None else phase.tokens
             if phase.share is not None:
                 length = phase.share * tokens
             length = min(left, length)
             weights = phase.weights or {}
-            asked = {name: weight * length for name, weight in weights.items()}
-        for name, more in asked.items():
+            by_name = {name: weight * length for name, weight in weights.items()}
+        for name, more in by_name.items():
             before = read[name]
             read[name] = None if before is None or more is None else before + more
-        taken = sum(more or 0.0 for more in asked.values())
-        left = max(0.0, left - taken)
+        total = sum(more or 0.0 for more in by_name.values())
+        left = max(0.0, left - total)
     return read
 
 

@@ -251,10 +251,10 @@ def _draw(plan: Plan, source: Path, folder: Path) -> None:
 
 def saved_optimizer(settings: Settings, source: Path | None) -> Path | None:
     """The place of the source's optimizer state, if it is to be taken over."""
-    asked = settings.transfer.optimizer
-    if asked == "source":
+    choice = settings.transfer.optimizer
+    if choice == "source":
         return source
-    return None if asked is None else Path(asked)
+    return None if choice is None else Path(choice)
 
 
 def check_optimizer(settings: Settings, source: Path | None) -> None:
@@ -267,11 +267,11 @@ def check_optimizer(settings: Settings, source: Path | None) -> None:
     saved = saved_optimizer(settings, source)
     if saved is None:
         return
-    held = moments_in(saved)
-    if not held:  # what is wrong with it is told by who reads it
+    moment_names = moments_in(saved)
+    if not moment_names:  # what is wrong with it is told by who reads it
         return
     try:
-        check_kinds(held, KEPT[settings.optimizer.name])
+        check_kinds(moment_names, KEPT[settings.optimizer.name])
     except UserError as fault:
         raise UserError(f"transfer.optimizer {saved}: {fault}") from None
 

@@ -71,10 +71,10 @@ def stages_of(settings: Settings, config: Mapping[str, Any]) -> tuple[Stage, ...
     resolved = known_family(config)
     last_config = resolved.config or config
     stages: list[Stage] = []
-    for number, asked in enumerate(growth.stages):
+    for number, stage in enumerate(growth.stages):
         first = stages[-1].last if stages else 0
         is_last = number == len(growth.stages) - 1
-        last = steps if is_last else _last_step(asked, settings)
+        last = steps if is_last else _last_step(stage, settings)
         if last <= first:
             raise UserError(
                 f"growth.stages[{number}]: from step {first} to {last} of {steps} there is no step; raise "
@@ -82,27 +82,27 @@ def stages_of(settings: Settings, config: Mapping[str, Any]) -> tuple[Stage, ...
             )
         own = growth
         if number > 0:
-            options = dict(asked.options)
-            own = GrowthSettings(growth.name, asked.operator, options)
-        own_config = _config_of(last_config, resolved.family, asked)
-        stages.append(Stage(number, first, last, own_config, own, asked.rule))
+            options = dict(stage.options)
+            own = GrowthSettings(growth.name, stage.operator, options)
+        own_config = _config_of(last_config, resolved.family, stage)
+        stages.append(Stage(number, first, last, own_config, own, stage.rule))
     return tuple(stages)
 
 
-def _last_step(asked: StageSettings, settings: Settings) -> int:
+def _last_step(stage: StageSettings, settings: Settings) -> int:
     """The step after which a stage ends that another one follows."""
     budget = settings.budget
-    if asked.until_tokens is not None:
-        return round(asked.until_tokens / budget.tokens_per_step)
-    assert asked.until is not None
-    return round(asked.until * budget.steps)
+    if stage.until_tokens is not None:
+        return round(stage.until_tokens / budget.tokens_per_step)
+    assert stage.until is not None
+    return round(stage.until * budget.steps)
 
 
-def _config_of(config: Mapping[str, Any], family: Family, asked: StageSettings) -> dict[str, Any]:
+def _config_of(config: Mapping[str, Any], family: Family, stage: StageSettings) -> dict[str, Any]:
     """The run's last config with a share of its layers, and with other sizes."""
     depth = family.require(config, "num_hidden_layers")
-    count = max(1, round(asked.layers * depth))
-    own = {family.field_name("num_hidden_layers"): count, **asked.sizes}
+    count = max(1, round(stage.layers * depth))
+    own = {family.field_name("num_hidden_layers"): count, **stage.sizes}
     smaller = resolve_target(own, config, family)
     first = range(count)
     return {key: follow_layers(key, value, first, depth) for key, value in smaller.items()}

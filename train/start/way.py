@@ -128,8 +128,8 @@ def _unmeasured(settings: LoopSettings, title: str, reason: str) -> Way:
     """
     wants_fused = settings.loss == "fused"
     needs = {"train.document_mask=true": settings.document_mask, "train.loss=fused": wants_fused}
-    asked = [key for key, wanted in needs.items() if wanted]
-    UserError.collect([f"{key}: not measured for {title}, so not granted ({reason})" for key in asked])
+    keys = [key for key, is_needed in needs.items() if is_needed]
+    UserError.collect([f"{key}: not measured for {title}, so not granted ({reason})" for key in keys])
     attention, why = attention_backend(settings.attention)
     if settings.attention == "auto":
         attention, why = "auto", "the library's choice"
@@ -137,21 +137,21 @@ def _unmeasured(settings: LoopSettings, title: str, reason: str) -> Way:
     return Way(attention, why, fused=False, partly=True, lines=(line,))
 
 
-def find_attention(config: Config, asked: str, device: torch.device, precision: str) -> tuple[str, str]:
+def find_attention(config: Config, choice: str, device: torch.device, precision: str) -> tuple[str, str]:
     """The attention implementation that a class is trained with, and why: what is asked for, else the first
     that runs forward and backward.
 
     Raises:
         UserError: it cannot run here, or the class does not run with it; the message says what works.
     """
-    first, why = attention_backend(asked)
+    first, why = attention_backend(choice)
     tried: dict[str, str] = {}
     for attention in dict.fromkeys((first, PLAIN_SDPA, EAGER)):
         answer = works(config, attention, device=device, precision=precision)
         if not answer.value:
             tried[attention] = answer.reason
             continue
-        is_taken = attention == first or asked == "auto"
+        is_taken = attention == first or choice == "auto"
         if is_taken and not tried:
             return attention, why
         if is_taken:
@@ -167,17 +167,17 @@ def find_attention(config: Config, asked: str, device: torch.device, precision: 
             f"train.precision=bf16: {kind} does not train in it here ({reason}); use train.precision=fp32"
         )
     way_out = f"use train.attention={' or '.join(running)}" if running else "no other one runs either"
-    raise UserError(f"train.attention={asked}: {kind} does not train with it here ({reason}); {way_out}")
+    raise UserError(f"train.attention={choice}: {kind} does not train with it here ({reason}); {way_out}")
 
 
-def fuses(config: Config, asked: str) -> bool:
+def fuses(config: Config, choice: str) -> bool:
     """Check whether the fused loss would be taken for a network of `config`, as measured on this machine's
     CPU.
 
     Args:
-        asked: train.loss.
+        choice: train.loss.
     """
-    if asked == "plain":
+    if choice == "plain":
         return False
     try:
         attention, _ = find_attention(config, "auto", torch.device("cpu"), "fp32")

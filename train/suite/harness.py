@@ -65,7 +65,7 @@ class Harness:
         with _silent():
             return HFLM(pretrained=network, tokenizer=tokenizer, batch_size=batch)
 
-    def load(self, asked: Sequence[BenchmarkTask], *, run_code: bool) -> dict[str, Any]:
+    def load(self, tasks: Sequence[BenchmarkTask], *, run_code: bool) -> dict[str, Any]:
         """Task → what the harness makes of it, data included: what cannot be measured is told before anything
         is.
 
@@ -76,7 +76,7 @@ class Harness:
         loaded: dict[str, Any] = {}
         faults: list[str] = []
         unreachable: dict[str, str] = {}
-        for task in asked:
+        for task in tasks:
             try:
                 # each request to a hub that is not there would wait for half a minute
                 with _offline() if unreachable else contextlib.nullcontext():
@@ -95,7 +95,7 @@ class Harness:
         return loaded
 
     def score(
-        self, asked: BenchmarkTask, loaded: Any, model: Any, *, limit: int | None, run_code: bool
+        self, task: BenchmarkTask, loaded: Any, model: Any, *, limit: int | None, run_code: bool
     ) -> Score:
         """Measure one benchmark that was loaded.
 
@@ -118,8 +118,8 @@ class Harness:
         except UserError:
             raise
         except Exception as fault:  # the harness and its tasks raise every kind
-            raise UserError(f"task {asked.task}: it cannot be measured ({in_one_line(fault)})") from fault
-        return _read(asked, results)
+            raise UserError(f"task {task.task}: it cannot be measured ({in_one_line(fault)})") from fault
+        return _read(task, results)
 
     def _load(self, asked: BenchmarkTask, run_code: bool) -> Any:
         """One task with its data, its shots set."""
@@ -187,26 +187,26 @@ def _check_leave(task: str, run_code: bool) -> None:
         check_allowed(task)
 
 
-def _read(asked: BenchmarkTask, results: Any) -> Score:
+def _read(task: BenchmarkTask, results: Any) -> Score:
     """The score that was asked for among all that the harness tells."""
     groups = results.get("groups", {})
-    own = results["results"].get(asked.task)
-    entries = own or groups.get(asked.task) or {}
+    own = results["results"].get(task.task)
+    entries = own or groups.get(task.task) or {}
     values = {
         key: value
         for key, value in entries.items()
         if isinstance(value, float | int) and "_stderr" not in key and "," in key
     }
-    metrics = [key for key in values if key.startswith(f"{asked.metric},")]
+    metrics = [key for key in values if key.startswith(f"{task.metric},")]
     if not metrics:
         raise UserError(
-            f"task {asked.task}: it has no metric {asked.metric!r}; it has "
+            f"task {task.task}: it has no metric {task.metric!r}; it has "
             f"{', '.join(sorted(values)) or 'none'}"
         )
     metric = metrics[0]
     value = float(values[metric])
     if not math.isfinite(value):
-        raise UserError(f"task {asked.task}: its {asked.metric} is {value}")
+        raise UserError(f"task {task.task}: its {task.metric} is {value}")
     counts = results["n-samples"].values()
     items = sum(count["effective"] for count in counts)
     return Score(value, items, metric)

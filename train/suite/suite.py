@@ -65,9 +65,9 @@ def load_suite(name: str) -> Suite:
 
     path = CONF / "suite" / f"{name}.yaml"
     leaves = path.parent.glob("*.yaml")
-    known = sorted(leaf.stem for leaf in leaves)
-    if name not in known:
-        unknown("suite", name, known)
+    names = sorted(leaf.stem for leaf in leaves)
+    if name not in names:
+        unknown("suite", name, names)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -113,12 +113,12 @@ def load_encoder(name: str, revision: str | None, max_tokens: int) -> Encoder:
 
     folder = Path(name).expanduser()
     source = str(folder) if folder.is_dir() else name
-    asked: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         with quietly():
-            tokenizer = AutoTokenizer.from_pretrained(source, **asked)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
             loaded: Any = AutoModel.from_pretrained(
-                source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **asked
+                source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
             )
     except Exception as error:  # transformers, safetensors and the hub's client each raise their own
         raise UserError(

@@ -143,19 +143,19 @@ def threshold(blocks: Callable[[], Iterable[np.ndarray]], keep: float) -> dict[s
     for keys in map(_ordered, blocks()):
         upper += np.bincount(keys >> 16, minlength=2**16)
     scored = int(upper.sum())
-    kept = -int(-keep * scored // 1)
-    if not kept:
+    kept_count = -int(-keep * scored // 1)
+    if not kept_count:
         return {"scored": scored, "kept": 0, "threshold": None, "ties": 0}
-    high, above = _place(upper, kept)
+    high, above = _find_bin(upper, kept_count)
     lower = np.zeros(2**16, np.int64)  # and of those, each lower half
     for keys in map(_ordered, blocks()):
         in_bin = keys[keys >> 16 == high]
         lower += np.bincount(in_bin & 0xFFFF, minlength=2**16)
-    low, above_too = _place(lower, kept - above)
+    low, above_too = _find_bin(lower, kept_count - above)
     key = high << 16 | low
     bits = np.array([key], np.uint32)
     value = float(bits.view(np.float32)[0])
-    return {"scored": scored, "kept": kept, "threshold": value, "ties": kept - above - above_too}
+    return {"scored": scored, "kept": kept_count, "threshold": value, "ties": kept_count - above - above_too}
 
 
 def _ordered(scores: np.ndarray) -> np.ndarray:
@@ -165,10 +165,10 @@ def _ordered(scores: np.ndarray) -> np.ndarray:
     return numbers.view(np.uint32).astype(np.int64)
 
 
-def _place(counts: np.ndarray, wanted: int) -> tuple[int, int]:
-    """The bin, from above, that holds number `wanted`, and how many are in the bins above it."""
+def _find_bin(counts: np.ndarray, number: int) -> tuple[int, int]:
+    """The bin, from above, that holds number `number`, and how many are in the bins above it."""
     descending = counts[::-1]
     from_above = np.cumsum(descending)
-    rank = int(np.searchsorted(from_above, wanted))
+    rank = int(np.searchsorted(from_above, number))
     above = from_above[rank] - descending[rank]
     return len(counts) - 1 - rank, int(above)

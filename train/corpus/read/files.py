@@ -58,11 +58,11 @@ class Files:
     def tasks(self) -> list[tuple[File, ...]]:
         """The files dealt to tasks, in order: a function of the files alone, so that no number of workers can
         change a byte."""
-        wanted = max(TASK_BYTES, self.size / MOST_TASKS)
+        least_bytes = max(TASK_BYTES, self.size / MOST_TASKS)
         size = 0
         tasks: list[list[File]] = []
         for file in self.files:
-            if not tasks or size >= wanted:
+            if not tasks or size >= least_bytes:
                 tasks.append([])
                 size = 0
             tasks[-1].append(file)
@@ -138,17 +138,17 @@ def files_of(path: str, key: str) -> tuple[File, ...]:
         return _remote(path, key)
     expanded = os.path.expanduser(path)
     root = Path(expanded)
-    wanted = re.compile(".*", re.DOTALL)
+    pattern = re.compile(".*", re.DOTALL)
     if glob.has_magic(expanded) and not root.exists():
         magic = [glob.has_magic(part) for part in root.parts]
         fixed = magic.index(True)
-        wanted = _pattern(path, key, root.parts[fixed:])
+        pattern = _pattern(path, key, root.parts[fixed:])
         root = Path(*root.parts[:fixed])
     listed = [str(root)] if root.is_file() else []
     root = root.parent if listed else root
     left_out = list[str]()
     matching = listed or [
-        file for file in _walk(str(root), left_out) if wanted.fullmatch(os.path.relpath(file, root))
+        file for file in _walk(str(root), left_out) if pattern.fullmatch(os.path.relpath(file, root))
     ]
     readable = [file for file in matching if format_of(file)]
     _tell(key, left_out)
@@ -321,12 +321,12 @@ def _of_folder(entries: dict[str, Any], root: str, key: str) -> dict[str, Any]:
     folders = chain.from_iterable(path.parents for path in paths)
     prepared |= {folder for folder in folders if folder.name.endswith(PARTIAL)}
     _tell(key, [f"{root}{folder}: prepared tokens, or a build of them" for folder in sorted(prepared)])
-    kept = {}
+    survivors = {}
     for name, path in relative.items():
         is_hidden = any(part.startswith(".") for part in path.parts)
         if not is_hidden and prepared.isdisjoint(path.parents):
-            kept[name] = entries[name]
-    return kept
+            survivors[name] = entries[name]
+    return survivors
 
 
 def _by_name(listed: Iterable[File]) -> tuple[File, ...]:
@@ -335,7 +335,7 @@ def _by_name(listed: Iterable[File]) -> tuple[File, ...]:
 
 def _version(info: dict[str, Any]) -> str:
     """Tell what a store says of a file's content: its checksum, or the time of its last change."""
-    known = (
+    marks = (
         "ETag",
         "etag",
         "e_tag",
@@ -350,7 +350,7 @@ def _version(info: dict[str, Any]) -> str:
         "updated",
         "last_modified",
     )
-    for key in known:
+    for key in marks:
         if info.get(key):
             return f"{key} {info[key]}"
     return ""

@@ -37,7 +37,7 @@ class Opened:
     tally: Tally
 
 
-def _whole(opened: Opened) -> Iterator[tuple[str, str]]:
+def _one_text(opened: Opened) -> Iterator[tuple[str, str]]:
     raw = opened.file.read(opened.limit + 1)
     opened.tally.records += 1
     if len(raw) > opened.limit:
@@ -247,9 +247,9 @@ def _check_column(path: str, schema: Any, column: str) -> None:
 
 Reader = Callable[[Opened], Iterator[tuple[str, str]]]  # → (place in the file, text)
 READERS: dict[str, Reader] = {
-    ".txt": _whole,
-    ".md": _whole,
-    ".py": _whole,
+    ".txt": _one_text,
+    ".md": _one_text,
+    ".py": _one_text,
     ".json": _json,
     ".jsonl": _lines,
     ".csv": _table(","),

@@ -41,17 +41,17 @@ class Hub:
             )
 
     def _rows(self, start: int) -> Iterator[dict[str, Any]]:
-        wanted = self.settings
+        own = self.settings
         try:
             from datasets import load_dataset
 
-            selection = {"data_dir": wanted.data_dir, "split": wanted.split, "revision": wanted.revision}
-            rows = load_dataset(wanted.dataset, wanted.config, **selection, streaming=wanted.streaming)
+            selection = {"data_dir": own.data_dir, "split": own.split, "revision": own.revision}
+            rows = load_dataset(own.dataset, own.config, **selection, streaming=own.streaming)
             yield from rows.skip(start) if start else rows
         except Exception as error:  # datasets, fsspec, pyarrow and the hub's client each raise their own
-            values = {key: getattr(wanted, key) for key in NAMED}
-            known = {key: value for key, value in values.items() if value}
-            named = " ".join(f"{key}={value}" for key, value in known.items())
+            values = {key: getattr(own, key) for key in NAMED}
+            named_values = {key: value for key, value in values.items() if value}
+            named = " ".join(f"{key}={value}" for key, value in named_values.items())
             raise UserError(
                 f"cannot read {named} from the Hugging Face hub ({kind_and_line(error)}); check "
                 "the names and the network, log in with `hf auth login` where it is gated, "

@@ -216,8 +216,8 @@ class PutDown(PipelineStep):
 
 
 @contextmanager
-def _optional(path: Path, wanted: bool) -> Iterator[BinaryIO | None]:
-    if not wanted:
+def _optional(path: Path, is_needed: bool) -> Iterator[BinaryIO | None]:
+    if not is_needed:
         yield None
         return
     with whole_file(path) as partial, partial.open("wb") as out:

@@ -51,7 +51,7 @@ def _batch(
     pairs = [(item.program, item.prints) for item in items]
     programs = json.dumps(pairs)
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             input=programs,
             capture_output=True,
@@ -60,9 +60,9 @@ def _batch(
             env={"PYTHONHASHSEED": "0"},
             cwd="/",
         )
-        output = done.stdout
-        last_words = done.stderr.strip()[-200:]
-        end = f"it ended its process ({done.returncode}): {last_words}"
+        output = process.stdout
+        last_words = process.stderr.strip()[-200:]
+        end = f"it ended its process ({process.returncode}): {last_words}"
     except subprocess.TimeoutExpired as error:
         raw = error.stdout or b""
         output = raw.decode() if isinstance(raw, bytes) else raw

@@ -10,8 +10,8 @@ from outgrow.train.corpus.synthetic.item import (
     Item,
     capital,
     fenced,
-    given,
     in_order,
+    input_of,
     numbered,
     opening,
     shown,
@@ -44,7 +44,7 @@ def statement(problem: Problem, random: Random) -> Item:
     )
     text = (
         f"# Exercise (level {problem.level})\n\n{opening(problem, random)} {ask} `{problem.name}`. It is "
-        f"given {given(problem)}. It shall {in_order(problem.tasks())}. The result is returned.\n\nFor "
+        f"given {input_of(problem)}. It shall {in_order(problem.tasks())}. The result is returned.\n\nFor "
         f"example, `{problem.call(0)}` gives `{problem.result(0)!r}`.\n\n## "
         f"Solution\n\n{fenced(problem.function())}\n\n## Tests\n\n{fenced(problem.asserts())}\n"
     )
@@ -57,7 +57,7 @@ def explained(problem: Problem, random: Random) -> Item:
     steps = "\n".join(f"- {line}." for line in trace(problem, 1))
     text = (
         f"# {capital(in_order(problem.tasks()))}\n\n{opening(problem, random)} You have "
-        f"{given(problem)}.\n\n## Hints\n\n{hints}\n\n## Solution\n\n{fenced(problem.function())}\n\n## "
+        f"{input_of(problem)}.\n\n## Hints\n\n{hints}\n\n## Solution\n\n{fenced(problem.function())}\n\n## "
         f"Why it works\n\nFollow the call `{problem.call(1)}`:\n\n{steps}\n\nSo the function returns "
         f"`{problem.result(1)!r}`.\n"
     )
@@ -79,7 +79,7 @@ def bug(problem: Problem, random: Random) -> Item | None:
         effect = effect.replace(f"${name}", repr(value))
     text = (
         f"# Find the mistake (level {problem.level})\n\n{opening(problem, random)} The following function "
-        f"is given {given(problem)} and shall {in_order(problem.tasks())}.\n\n{fenced(slipped)}\n\nIt is "
+        f"is given {input_of(problem)} and shall {in_order(problem.tasks())}.\n\n{fenced(slipped)}\n\nIt is "
         f"almost right, but `{problem.call(case)}` gives `{wrong!r}` and should give "
         f"`{problem.result(case)!r}`.\n\n## Answer\n\nWhat is wrong: {effect}. The corrected "
         f"function:\n\n{fenced(right)}\n"
@@ -119,7 +119,7 @@ def fill_in(problem: Problem, random: Random) -> Item | None:
     after = lines[missing + 1 :]
     holed = "\n".join([*before, f"{margin}...", *after])
     text = (
-        f"# Fill in the missing line\n\n{opening(problem, random)} A function is given {given(problem)}; "
+        f"# Fill in the missing line\n\n{opening(problem, random)} A function is given {input_of(problem)}; "
         f"it shall {in_order(problem.tasks())}. One line of it got lost:\n\n{fenced(holed)}\n\nAn example "
         f"of what it has to do:\n\n{fenced(shown(problem, 0))}\n\n## Answer\n\nThe line is "
         f"`{lines[missing].strip()}`. The whole function:\n\n{fenced(problem.function())}\n"
@@ -134,7 +134,7 @@ def rewrite(problem: Problem, random: Random) -> Item:
         other
     ]
     text = (
-        f"# Say it differently\n\n{opening(problem, random)} This function is given {given(problem)} and "
+        f"# Say it differently\n\n{opening(problem, random)} This function is given {input_of(problem)} and "
         f"does the following: {in_order(problem.tasks())}.\n\n{fenced(problem.function())}\n\nWrite it "
         f"again, {wish}.\n\n## Solution\n\n{fenced(problem.function(other))}\n\nBoth pass the same "
         f"tests:\n\n{fenced(problem.asserts())}\n"
@@ -148,7 +148,7 @@ def cover(problem: Problem, random: Random) -> Item:
     """The function is there; tests are wanted."""
     text = (
         f"# Write the tests\n\n{opening(problem, random)} A colleague has written this "
-        f"function; it is given {given(problem)}.\n\n"
+        f"function; it is given {input_of(problem)}.\n\n"
         f"{fenced(problem.function(doc=capital(in_order(problem.tasks())) + '.'))}\n\n"
         "Write tests for it that a wrong version would be unlikely to pass.\n\n"
         f"## Answer\n\n{fenced(problem.asserts())}\n"

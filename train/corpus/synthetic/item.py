@@ -29,7 +29,7 @@ def opening(problem: Problem, random: Random) -> str:
     return fill(template, theme=problem.theme.name)
 
 
-def given(problem: Problem) -> str:
+def input_of(problem: Problem) -> str:
     """The argument of the function: "`rainfall`, a list of readings"."""
     holds = problem.theme.parameter(problem.takes)[1]
     kind = {

@@ -181,11 +181,11 @@ def _draw_steps(theme: Theme, length: int, random: Random) -> tuple[Step, ...]:
     x = parameter
     for operation, following in zip_longest(operations, operations[1:]):
         constants = {name: random.choice(values) for name, values in operation.values.items()}
-        taken = {x, parameter}
+        names = {x, parameter}
         if following is not None:
-            taken |= _locals(following)
+            names |= _locals(following)
         y = operation.out
-        if y in taken:
+        if y in names:
             y = f"{y}_now"
         steps.append(Step(operation, constants, x, y))
         x = y

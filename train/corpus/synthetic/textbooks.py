@@ -9,8 +9,8 @@ from outgrow.train.corpus.synthetic.item import (
     Item,
     capital,
     fenced,
-    given,
     in_order,
+    input_of,
     numbered,
     opening,
     shown,
@@ -30,7 +30,7 @@ def section(problem: Problem, random: Random) -> Item:
     last = len(problem.cases) - 1
     text = (
         f"## {_title(problem)}\n\n{opening(problem, random)} {ideas}\n\nAs an example, take "
-        f"{given(problem)}. We want to {in_order(problem.tasks())}. In "
+        f"{input_of(problem)}. We want to {in_order(problem.tasks())}. In "
         f"Python:\n\n{fenced(problem.function())}\n\nWhat happens inside, for one "
         f"argument:\n\n{steps}\n\n**Question.** What does `{problem.call(last)}` return?\n\n**Answer.** "
         f"`{problem.result(last)!r}`.\n"
@@ -47,7 +47,7 @@ def worked(problem: Problem, random: Random) -> Item:
     )
     text = (
         f"## Worked example: {problem.theme.name}\n\n{opening(problem, random)} The data is "
-        f"{given(problem)}.\n\n**Plan.**\n\n{plan}\n\n**Program.** "
+        f"{input_of(problem)}.\n\n**Plan.**\n\n{plan}\n\n**Program.** "
         f"The type of the argument is `{KINDS[problem.takes]}`, that of the result "
         f"`{KINDS[problem.gives]}`.\n\n{fenced(problem.function())}\n\n"
         f"**Check.**\n\n{fenced(shown(problem, 0))}\n\n{notes}\n"
@@ -59,7 +59,7 @@ def two_ways(problem: Problem, random: Random) -> Item:
     """A loop and an expression side by side."""
     text = (
         f"## Two ways to write it: {_topics(problem)}\n\n{opening(problem, random)} Given "
-        f"{given(problem)}, we want to {in_order(problem.tasks())}. With loops, every step is in "
+        f"{input_of(problem)}, we want to {in_order(problem.tasks())}. With loops, every step is in "
         f"sight:\n\n{fenced(problem.function('loop'))}\n\nThe same in a shorter "
         f"form:\n\n{fenced(problem.function('short'))}\n\nBoth return `{problem.result(1)!r}` for "
         f"`{problem.cases[1][0]!r}`. {problem.whys()[0]} Prefer the form that you can still read in half a "
@@ -87,7 +87,7 @@ def pitfall(problem: Problem, random: Random) -> Item | None:
     right = problem.function("loop")
     text = (
         f"## A common mistake: {operation.topic}\n\n{opening(problem, random)} Somebody wants to "
-        f"{in_order(problem.tasks())}, and writes for {given(problem)}:\n\n{fenced(slipped)}\n\nThis runs "
+        f"{in_order(problem.tasks())}, and writes for {input_of(problem)}:\n\n{fenced(slipped)}\n\nThis runs "
         f"without an error and still is wrong: {effect}. For `{problem.cases[case][0]!r}` it returns "
         f"`{wrong!r}`, where `{problem.result(case)!r}` is right. {why}\n\nThe right "
         f"version:\n\n{fenced(right)}\n"
@@ -113,7 +113,7 @@ def dialogue(problem: Problem, random: Random) -> Item:
     text = (
         (
             f"## A conversation about {_topics(problem)}\n\n{opening(problem, random)} {asks} has "
-            f"{given(problem)} and asks {tells} for help.\n\n"
+            f"{input_of(problem)} and asks {tells} for help.\n\n"
         )
         + "\n\n".join(turns)
         + f"\n\nIn the end they have written:\n\n{fenced(problem.function())}\n"
@@ -137,7 +137,7 @@ def summary(problem: Problem, random: Random) -> Item:
     text = (
         (
             f"## Summary and questions: {_topics(problem)}\n\n{opening(problem, random)} The function of "
-            f"this section is given {given(problem)}; its task was to "
+            f"this section is given {input_of(problem)}; its task was to "
             f"{in_order(problem.tasks())}.\n\n{fenced(problem.function())}\n\n"
         )
         + "\n\n".join(mixed)

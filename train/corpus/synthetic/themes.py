@@ -82,8 +82,8 @@ class Audience:
 
 def _theme(*, name: str, vocabulary: list[str], **kinds: dict[str, str]) -> Theme:
     """A theme as the file spells it."""
-    held = {kind: (entry["name"], entry["holds"]) for kind, entry in kinds.items()}
-    return Theme(name=name, vocabulary=tuple(vocabulary), **held)
+    nouns = {kind: (entry["name"], entry["holds"]) for kind, entry in kinds.items()}
+    return Theme(name=name, vocabulary=tuple(vocabulary), **nouns)
 
 
 _TABLE = read_table("themes.yaml")

@@ -49,14 +49,14 @@ class Ledger:
         counts = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
         is_fault = answer.fault is not None
         result = {"fault": answer.fault} if is_fault else {"text": answer.text}
-        asked = {
+        request = {
             "number": prompt.number,
             "topic": prompt.topic,
             "audience": prompt.audience,
             "template": prompt.template,
         }
         entry = {
-            **asked,
+            **request,
             **result,
             "model": self.settings.model,
             **counts,
@@ -116,10 +116,10 @@ def _check_settings(settings: WriteSettings, out: Path) -> None:
         write_json(path, own)
         return
     there = read_object(path, f"move {out.name} and this file away to begin anew")
-    wanted = _by_key(own)
+    own_by_key = _by_key(own)
     begun = _by_key(there)
-    keys = sorted({*wanted, *begun})
-    changed = [key for key in keys if wanted.get(key) != begun.get(key)]
+    keys = sorted({*own_by_key, *begun})
+    changed = [key for key in keys if own_by_key.get(key) != begun.get(key)]
     if changed:
         raise UserError(
             f"out={out}: it was begun with another {', '.join(changed)}; choose another out, or move it "

@@ -91,9 +91,9 @@ class Local:
 
     def _answer(self, prompt_ids: list[int], written: list[int], end: int) -> Answer:
         ended = end in written
-        kept = written[: written.index(end)] if ended else written
-        text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        count = len(kept) + ended  # with the end of text
+        answer_ids = written[: written.index(end)] if ended else written
+        text = self.tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
+        count = len(answer_ids) + ended  # with the end of text
         return Answer(text, len(prompt_ids), count, cut=not ended)
 
     def _worded(self, prompt: Prompt) -> str:

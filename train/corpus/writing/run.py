@@ -63,7 +63,7 @@ def _fill(settings: WriteSettings, ledger: Ledger, missing: Iterator[Prompt]) ->
     answered = vain = 0
     most = settings.most_dollars
 
-    def wanted() -> Iterator[Prompt]:
+    def prompts() -> Iterator[Prompt]:
         for prompt in missing:
             stop.money = most is not None and ledger.dollars >= most
             if stop.now:
@@ -72,7 +72,7 @@ def _fill(settings: WriteSettings, ledger: Ledger, missing: Iterator[Prompt]) ->
 
     with _bar(settings, ledger) as advance:
         answers = _from_server if settings.server else _from_model
-        for prompt, answer in answers(settings, wanted()):
+        for prompt, answer in answers(settings, prompts()):
             is_good = answer.aside is None and answer.fault is None
             vain = 0 if is_good else vain + 1
             if answer.aside is not None:
@@ -198,6 +198,6 @@ def _bar(settings: WriteSettings, ledger: Ledger) -> Iterator[Callable[[], None]
     )
     with Progress(*columns, console=Console(stderr=True)) as shown:
         total = settings.number
-        done = sum(number < total for number in ledger.done)
-        task = shown.add_task("", total=total, completed=done, dollars=ledger.dollars)
+        count_done = sum(number < total for number in ledger.done)
+        task = shown.add_task("", total=total, completed=count_done, dollars=ledger.dollars)
         yield lambda: shown.update(task, advance=1, dollars=ledger.dollars)

@@ -102,15 +102,15 @@ class Server:
             return Answer.put_aside(f"no chat completion ({reason})")
 
     def _question(self, prompt: Prompt) -> dict[str, Any]:
-        wanted = self.settings
-        system = [] if wanted.system is None else [{"role": "system", "content": wanted.system}]
+        settings = self.settings
+        system = [] if settings.system is None else [{"role": "system", "content": settings.system}]
         return {
-            "model": wanted.model,
+            "model": settings.model,
             "messages": [*system, {"role": "user", "content": prompt.text}],
-            "temperature": wanted.temperature,
-            "top_p": wanted.top_p,
-            "max_tokens": wanted.max_tokens,
-            "seed": wanted.seed + prompt.number,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "max_tokens": settings.max_tokens,
+            "seed": settings.seed + prompt.number,
         }
 
 

@@ -52,8 +52,8 @@ class WriteSettings:
 
     def cost(self, prompt_tokens: int | None, completion_tokens: int | None) -> float:
         """Dollars for so many tokens; those that nobody counted cost nothing here."""
-        asked = (prompt_tokens or 0) * self.dollars_per_million_prompt_tokens
-        return (asked + (completion_tokens or 0) * self.dollars_per_million_completion_tokens) / 1e6
+        prompt_cost = (prompt_tokens or 0) * self.dollars_per_million_prompt_tokens
+        return (prompt_cost + (completion_tokens or 0) * self.dollars_per_million_completion_tokens) / 1e6
 
 
 # What may differ when a run goes on: nothing of it changes what is asked.
