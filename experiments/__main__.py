@@ -268,51 +268,51 @@ def _study(options: argparse.Namespace) -> int:
     from outgrow.experiments.table import insert_table
 
     try:
-        done = run_study(options.study, full=options.full, jobs_at_once=options.jobs)
+        outcome = run_study(options.study, full=options.full, jobs_at_once=options.jobs)
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    with placed(done.out, done.out, []):
-        table = compare_arms(done, wandb=options.wandb)
-        if done.readme is not None:
-            insert_table(done.readme, table)
+    with placed(outcome.out, outcome.out, []):
+        table = compare_arms(outcome, wandb=options.wandb)
+        if outcome.readme is not None:
+            insert_table(outcome.readme, table)
     return 0
 
 
-def compare_arms(done: Done, *, wandb: bool) -> str:
+def compare_arms(outcome: Done, *, wandb: bool) -> str:
     """Compare a study's arms in every way that it asks for, and write `table.md`; return that table."""
-    table = done.out / "table.md"
+    table = outcome.out / "table.md"
     parts = []
-    if done.costs:
-        compare_costs(done, wandb=wandb)
+    if outcome.costs:
+        compare_costs(outcome, wandb=wandb)
         parts.append(table.read_text(encoding="utf-8"))
-    if done.texts:
+    if outcome.texts:
         from outgrow.experiments.judgement import judge
         from outgrow.experiments.judgement_report import write
 
-        judgement = judge(done.folders, done.texts)
-        parts.append(write(judgement, done.out))
+        judgement = judge(outcome.folders, outcome.texts)
+        parts.append(write(judgement, outcome.out))
         print(parts[-1])
         write_text(table, "\n".join(parts))
     return "\n".join(parts)
 
 
-def compare_costs(done: Done, *, wandb: bool) -> None:
+def compare_costs(outcome: Done, *, wandb: bool) -> None:
     """Hold the arms' costs against scratch's: those of decayed ends where the study has horizons."""
-    if not done.horizons:
+    if not outcome.horizons:
         from outgrow.experiments.compare import compare
 
-        publish(compare(done.folders), done.out, wandb=wandb)
+        publish(compare(outcome.folders), outcome.out, wandb=wandb)
         return
-    folders = list(map(str, done.folders))
-    if done.family:
+    folders = list(map(str, outcome.folders))
+    if outcome.family:
         from outgrow.experiments import products
 
-        lines = products.write(folders, done.out)
+        lines = products.write(folders, outcome.out)
     else:
         from outgrow.experiments import horizon_report
 
-        lines = horizon_report.write(folders, done.out, wandb=wandb)
+        lines = horizon_report.write(folders, outcome.out, wandb=wandb)
     for line in lines:
         print(line)
 
@@ -323,15 +323,15 @@ def _select(options: argparse.Namespace) -> int:
     from outgrow.experiments.selection_report import RECORD, table, write
     from outgrow.experiments.study import RunFailed
 
-    asked = question(options.study, options.words)
+    subject = question(options.study, options.words)
     try:
-        selection = select(asked, jobs_at_once=options.jobs)
+        selection = select(subject, jobs_at_once=options.jobs)
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    write(selection, asked.out)
+    write(selection, subject.out)
     print(table(selection))
-    print(f"take {selection.winner.label}; {asked.out / RECORD} holds all of it")
+    print(f"take {selection.winner.label}; {subject.out / RECORD} holds all of it")
     return 0
 
 

@@ -152,8 +152,8 @@ def _differing_sources(runs: Sequence[Run]) -> list[str]:
         paths: dict[SourceCost, str] = {}
         for run in runs:
             if run.seed == seed and run.source is not None:
-                known = replace(run.source, path=None)  # the same wherever it lies
-                same = run.source if known == SourceCost() else known
+                cost = replace(run.source, path=None)  # the same wherever it lies
+                same = run.source if cost == SourceCost() else cost
                 arms.setdefault(same, []).append(run.arm)
                 paths.setdefault(same, run.source.path or "no path")
         if len(arms) > 1:

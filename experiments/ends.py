@@ -107,12 +107,12 @@ def end_of(run: Run) -> End:
     )
 
 
-def each_once(found: Iterable[tuple[str, End]]) -> list[End]:
+def each_once(pairs: Iterable[tuple[str, End]]) -> list[End]:
     """The ends of several inputs, each once: a run has the same end as the record that was made of it, which
     may tell less of its start.
 
     Args:
-        found: (input, end) pairs.
+        pairs: (input, end) pairs.
 
     Raises:
         UserError: two ends of one arm, rate, batch, seed and budget are not the same: a folder that was
@@ -120,7 +120,7 @@ def each_once(found: Iterable[tuple[str, End]]) -> list[End]:
     """
     firsts: dict[tuple[Any, ...], tuple[str, End]] = {}
     faults = []
-    for where, end in found:
+    for where, end in pairs:
         there, first = firsts.setdefault(_point(end), (where, end))
         if first.start is None:
             first = replace(first, start=end.start)

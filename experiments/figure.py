@@ -95,8 +95,8 @@ def _title(finding: str) -> str:
 def colours_of(arms: Sequence[str]) -> dict[str, str]:
     """One colour for each arm: its own, or for an arm without one the next spare colour that is not taken."""
     chosen = {arm: COLOURS[arm] for arm in arms if arm in COLOURS}
-    taken = set(chosen.values())
-    spare = itertools.cycle([colour for colour in SPARE if colour not in taken])
+    own = set(chosen.values())
+    spare = itertools.cycle([colour for colour in SPARE if colour not in own])
     for arm in sorted(set(arms) - set(chosen)):
         chosen[arm] = next(spare)
     return chosen
@@ -106,15 +106,15 @@ def loss_range(comparison: Comparison) -> tuple[float, float]:
     """The losses worth seeing: from below the best end to where the informed arms start, without scratch's
     first fall.
     """
-    seen: list[float] = []
+    losses: list[float] = []
     uninformed = 1.25 * comparison.scratch.final_loss
     for row in comparison.best_rows:
         curve = _curve(comparison, row)
-        seen += _losses_after(curve, 0.25)
+        losses += _losses_after(curve, 0.25)
         peak = max(curve.losses)
         if peak < uninformed:
-            seen.append(peak)
-    highest = max(seen)
+            losses.append(peak)
+    highest = max(losses)
     lowest = min(map(_lowest, _best_runs(comparison)))
     margin = 0.06 * (highest - lowest)
     return lowest - margin, highest + margin

@@ -338,9 +338,9 @@ def interval_of(values: Sequence[float | None]) -> tuple[float, float] | None:
     """The middle 95 % of the bootstrap's values; None where more than one in forty has none."""
     import numpy as np
 
-    known = [value for value in values if value is not None]
+    numbers = [value for value in values if value is not None]
     least = 0.975 * len(values)
-    if len(known) < max(least, 2):
+    if len(numbers) < max(least, 2):
         return None
-    low, high = np.quantile(known, [0.025, 0.975])
+    low, high = np.quantile(numbers, [0.025, 0.975])
     return float(low), float(high)

@@ -120,11 +120,11 @@ def _candidate_faults(study: Study, candidates: Sequence[Candidate]) -> Iterator
     """List what is wrong with the names of candidates."""
     files = (CONF / "growth").glob("*.yaml")
     leaves = [path.stem for path in files]
-    known = {*study.arms, *leaves} - {SOURCE}
+    names = {*study.arms, *leaves} - {SOURCE}
     labels = []
     for candidate in candidates:
-        if candidate.name not in known:
-            hint = did_you_mean(candidate.name, known)
+        if candidate.name not in names:
+            hint = did_you_mean(candidate.name, names)
             yield f"unknown candidate {candidate.name!r}; {hint}"
         if candidate.label in labels:
             yield f"candidate {candidate.label}: named twice"

@@ -158,8 +158,8 @@ def is_grown(row: Worth, rows: Sequence[Worth]) -> bool:
     if first.growth is not None or first.source_flops > 0:
         return True
     # older records tell of no growth on the way; it shows in fewer FLOPs a token than scratch of that size
-    whole = [other.point.ends[0] for other in rows if other.point.arm == SCRATCH]
-    rates = [end.flops / end.tokens for end in whole if end.parameters == first.parameters]
+    own = [other.point.ends[0] for other in rows if other.point.arm == SCRATCH]
+    rates = [end.flops / end.tokens for end in own if end.parameters == first.parameters]
     return bool(rates) and first.flops / first.tokens < (1 - LEAST_SAVED) * min(rates)
 
 

@@ -144,33 +144,33 @@ def _plot_speedups(
     """Draw the speed-ups of one line against tokens a parameter, as far as they are known; return the name of
     its last end, and the values of all where it is the headline's.
     """
-    known = [row for row in rows if reading.speedup(row).value is not None]
-    if not known:
+    measured = [row for row in rows if reading.speedup(row).value is not None]
+    if not measured:
         return []
-    across = list(map(reading.horizon, known))
-    speedups = list(map(reading.speedup, known))
+    across = list(map(reading.horizon, measured))
+    speedups = list(map(reading.speedup, measured))
     values = [speedup.value or 0.0 for speedup in speedups]
     is_grey = style["color"] == GREY
     axes.plot(across, values, **style | ({} if is_grey else {"marker": ""}))
     if not is_grey:
-        for place, speedup in zip(across, speedups, strict=True):
-            _plot_value(axes, place, speedup, style)
-    names = [""] * len(known)
+        for position, speedup in zip(across, speedups, strict=True):
+            _plot_value(axes, position, speedup, style)
+    names = [""] * len(measured)
     names[-1] = f"{name} "
     labels = [
-        Label(place, value, f"{title}{value:.2f}", style["color"])
-        for place, value, title in zip(across, values, names, strict=True)
+        Label(position, value, f"{title}{value:.2f}", style["color"])
+        for position, value, title in zip(across, values, names, strict=True)
     ]
     is_headline = reading.best in rows
     return labels if is_headline else labels[-1:]
 
 
-def _plot_value(axes: Axes, place: float, speedup: Speedup, style: Style) -> None:
+def _plot_value(axes: Axes, position: float, speedup: Speedup, style: Style) -> None:
     """Draw one speed-up: filled and with a bar where it has an interval, else open."""
     is_open = speedup.half is None
     colour = style["color"]
     axes.errorbar(
-        [place],
+        [position],
         [speedup.value or 0.0],
         yerr=None if is_open else [speedup.half or 0.0],
         capsize=3,
@@ -272,13 +272,13 @@ def _wrapped(sentence: str) -> str:
     """Wrap a sentence to the picture's width, in lines of about the same length; what belongs to a number
     stays beside it.
     """
-    held = re.sub(r"S ([=<>]) ", "S\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", sentence)
-    held = re.sub(r"(\d) (TFLOP|nats)", "\\1\N{NO-BREAK SPACE}\\2", held)
-    held = held.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
-    lines = math.ceil(len(held) / TITLE_LETTERS)
-    even = len(held) // lines + 12
+    text = re.sub(r"S ([=<>]) ", "S\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", sentence)
+    text = re.sub(r"(\d) (TFLOP|nats)", "\\1\N{NO-BREAK SPACE}\\2", text)
+    text = text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    lines = math.ceil(len(text) / TITLE_LETTERS)
+    even = len(text) // lines + 12
     letters = min(TITLE_LETTERS, even)
-    return "\n".join(textwrap.wrap(held, letters))
+    return "\n".join(textwrap.wrap(text, letters))
 
 
 def _name_of(line: Line, outstanding: set[Line], reading: Reading) -> str:
@@ -318,15 +318,15 @@ def _places(reading: Reading) -> tuple[Places, Places]:
     return costs, tokens
 
 
-def _add(places: Places, place: float, digits: int, ends: int) -> None:
+def _add(places: Places, position: float, digits: int, ends: int) -> None:
     """Count ends at a place; those of one number, rounded, share the first one's."""
-    number = f"{round(place, digits):g}"
-    first, before = places.get(number, (place, 0))
+    number = f"{round(position, digits):g}"
+    first, before = places.get(number, (position, 0))
     places[number] = (first, before + ends)
 
 
 def _set_ticks(axes: Axes, places: Places) -> None:
-    across = [place for place, _ in places.values()]
+    across = [position for position, _ in places.values()]
     axes.set_xticks(across, list(places))
 
 
@@ -336,14 +336,14 @@ def _thin(axes: Axes, places: Places) -> None:
     """
     labels = zip(places, axes.get_xticklabels(), strict=True)
     boxes = {number: label.get_window_extent().padded(2) for number, label in labels}
-    kept: list[str] = []
+    survivors: list[str] = []
 
     def last_to_yield(number: str) -> tuple[int, float]:
-        place, ends = places[number]
-        return -ends, -place
+        position, ends = places[number]
+        return -ends, -position
 
     for number in sorted(places, key=last_to_yield):
-        if not any(boxes[number].overlaps(boxes[other]) for other in kept):
-            kept.append(number)
-    across = [place for place, _ in places.values()]
-    axes.set_xticks(across, [number if number in kept else "" for number in places])
+        if not any(boxes[number].overlaps(boxes[other]) for other in survivors):
+            survivors.append(number)
+    across = [position for position, _ in places.values()]
+    axes.set_xticks(across, [number if number in survivors else "" for number in places])

@@ -114,17 +114,17 @@ def read_inputs(inputs: Sequence[str]) -> tuple[list[Run], list[End], list[LeftO
     """
     records = [name for name in inputs if name.endswith(".json")]
     folders = [name for name in inputs if name not in records]
-    given, left_out = read_runs(folders) if folders else ([], [])
-    of_horizons = [run for run in given if run.record.setting("schedule.horizons")]
-    runs = of_horizons or given
-    passed_over = [run for run in given if run not in runs]
+    every_run, left_out = read_runs(folders) if folders else ([], [])
+    of_horizons = [run for run in every_run if run.record.setting("schedule.horizons")]
+    runs = of_horizons or every_run
+    passed_over = [run for run in every_run if run not in runs]
     left_out += [LeftOut(run.folder, "no horizon: its schedule.horizons is empty") for run in passed_over]
     check_ends_comparable(runs)
-    found: list[tuple[str, End]] = []
+    pairs: list[tuple[str, End]] = []
     for record in records:
-        found += [(record, end) for end in read_ends(Path(record))]
-    found += [(str(run.folder), end_of(run)) for run in runs]
-    return runs, each_once(found), left_out
+        pairs += [(record, end) for end in read_ends(Path(record))]
+    pairs += [(str(run.folder), end_of(run)) for run in runs]
+    return runs, each_once(pairs), left_out
 
 
 def markdown(rows: Sequence[Worth], *, source_paid: bool = True) -> str:
@@ -286,13 +286,13 @@ def html(
     """The page of a comparison of decayed ends. `picture` is a PNG file and goes in as data; `remarks` name
     the rules of a claim that the ends do not keep.
     """
-    found = answer(rows, source_paid=source_paid)
+    sentence = answer(rows, source_paid=source_paid)
     points = [row.point for row in rows]
     arms = sorted({point.arm for point in points})
     devices = sorted({end.device for point in points for end in point.ends})
     lines = list(map(cells, rows))
     parts = [
-        f"<p><b>{escape(found)}</b></p>",
+        f"<p><b>{escape(sentence)}</b></p>",
         "<h2>Each arm at its best learning rate and batch, at every horizon</h2>",
         html_table(HEADINGS, lines, [line[0] for line in lines]),
     ]
@@ -317,7 +317,7 @@ def html(
         study=study,
         question="what is a decayed end worth?",
         about=f"{len(rows)} decayed ends of {len(arms)} arms ({', '.join(arms)}).",
-        answer=found,
+        answer=sentence,
         parts=parts,
     )
     return render(page, picture)

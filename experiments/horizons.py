@@ -348,9 +348,9 @@ def _seed_worth(end: End, points: Sequence[Point]) -> SeedWorth:
 
 def _interval(values: Iterable[float | None]) -> float | None:
     """Half of the 95 % interval of the mean; None where a value is missing."""
-    known: list[float] = []
+    numbers: list[float] = []
     for value in values:
         if value is None:
             return None
-        known.append(value)
-    return half_interval(known)
+        numbers.append(value)
+    return half_interval(numbers)

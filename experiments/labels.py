@@ -43,7 +43,7 @@ def write_names(axes: Axes, labels: Sequence[Label], passed_over: str) -> None:
     samples = np.concatenate([*_samples(axes, passed_over), np.empty((0, 3))])
     placed = [text.get_window_extent() for text in axes.texts]
     for label in sorted(labels, key=lambda label: -label.up):
-        aligned, below, box = _place(axes, label, samples, placed)
+        aligned, below, box = _find_room(axes, label, samples, placed)
         placed.append(box)
         _write(axes, label, aligned, below)
 
@@ -65,7 +65,7 @@ def _weighed(samples: Any, steps: float) -> Any:
     return np.hstack([samples, weights])
 
 
-def _place(axes: Axes, label: Label, samples: Any, placed: Sequence[Bbox]) -> tuple[str, float, Bbox]:
+def _find_room(axes: Axes, label: Label, samples: Any, placed: Sequence[Bbox]) -> tuple[str, float, Bbox]:
     """The side and the height, in points over its own, at which a name covers the least and is near."""
     figure: Any = axes.figure
     pixels = figure.dpi / 72

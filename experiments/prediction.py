@@ -92,20 +92,20 @@ def _mixing(points: Sequence[Point], optimizer: str) -> tuple[MixingTime, tuple[
     longer.
     """
     measured = recoveries(points, SCRATCH) if points else []
-    known = {}
+    by_arm = {}
     moments = set()
     for recovery in measured:
         if recovery.mixing is not None:
-            known[recovery.point.arm] = recovery.mixing
+            by_arm[recovery.point.arm] = recovery.mixing
             moments.add(recovery.growth.tokens)
     if len(moments) < 2:
         raise UserError(
             f"{optimizer}: t_mix of {len(moments)} moments of growth is known, and a prediction needs two: "
             "arms that grew in their run (growth.stages) with ends where scratch has some too"
         )
-    times = list(known.values())
+    times = list(by_arm.values())
     longest = max(times, key=lambda time: time.tokens)
-    return longest, tuple(sorted(known))
+    return longest, tuple(sorted(by_arm))
 
 
 def _check_unmeasured(points: Iterable[Point], horizons: Sequence[int]) -> None:
@@ -142,10 +142,10 @@ def _row(tokens: int, mixing: float, cost: float) -> Row:
 def _commit() -> str | None:
     """The commit of the working directory's clone; None outside of one."""
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        process = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 def write(inputs: Sequence[str], horizons: Sequence[int], optimizer: str, out: Path) -> list[str]:

@@ -67,10 +67,10 @@ class Family:
     def scratch_flops(self) -> float | None:
         """The FLOPs of as many scratch runs that end at the same losses; None where one is out of range."""
         costs = [product.scratch_flops for product in self.products]
-        known = [cost for cost in costs if cost is not None]
-        if len(known) < len(costs):
+        numbers = [cost for cost in costs if cost is not None]
+        if len(numbers) < len(costs):
             return None
-        return sum(known)
+        return sum(numbers)
 
     @property
     def saving(self) -> float | None:

@@ -69,15 +69,15 @@ def recoveries(points: Sequence[Point], scratch: str) -> list[Recovery]:
     for point in grown:
         growth = point.ends[0].growth
         assert growth is not None
-        known: list[tuple[int, float]] = []  # (tokens after the growth, gap) of all horizons of the arm
+        gaps: list[tuple[int, float]] = []  # (tokens after the growth, gap) of all horizons of the arm
         for other in grown:
             gap = _gap(other, of_scratch)
             if _alike(other, point) and gap is not None:
-                known.append((other.tokens - growth.tokens, gap))
+                gaps.append((other.tokens - growth.tokens, gap))
         gap = _gap(point, of_scratch)
         share = _share(point, gap, controls, of_scratch)
         spike = _spike(point)
-        mixing = mixing_time(known)
+        mixing = mixing_time(gaps)
         measured.append(Recovery(point, growth, spike, gap, share, mixing))
     return measured
 
@@ -132,8 +132,8 @@ def _paired(*points: Point) -> list[float] | None:
 def _spike(point: Point) -> float | None:
     growths = (end.growth for end in point.ends)
     spikes = [growth.spike for growth in growths if growth is not None]
-    known = [spike for spike in spikes if spike is not None]
-    return fmean(known) if known else None
+    numbers = [spike for spike in spikes if spike is not None]
+    return fmean(numbers) if numbers else None
 
 
 def mixing_time(gaps: Sequence[tuple[int, float]]) -> MixingTime | None:

@@ -91,8 +91,8 @@ def _kinds(ends: Iterable[End]) -> str | None:
     sourceless = [end for end in ends if not end.source_flops]
     # of scratch's size without a source: it has grown inside, whether its record tells of the growth or not
     silent = [end for end in sourceless if end.parameters == largest and end.arm != SCRATCH]
-    told = [end for end in ends if end.growth is not None]
-    inside = bool(silent or told)
+    of_growth = [end for end in ends if end.growth is not None]
+    inside = bool(silent or of_growth)
     inherits = any(end.source_flops > 0 for end in ends)
     if inside and inherits:
         return None

@@ -303,5 +303,5 @@ def _read_curve(path: Path) -> Curve:
 def _progress(folder: Path, record: RunRecord) -> str:
     """The progress of an incomplete run."""
     evaluations = read_evaluations(folder / "metrics.jsonl", RUN_AGAIN)
-    done = evaluations[-1].tokens if evaluations else 0
-    return f"last evaluated at {done:,.0f} of {record.budget_tokens:,} tokens"
+    tokens = evaluations[-1].tokens if evaluations else 0
+    return f"last evaluated at {tokens:,.0f} of {record.budget_tokens:,} tokens"

@@ -70,14 +70,14 @@ def compare(revision: str) -> tuple[int, list[Difference]]:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         there = work / "there"
-        done = subprocess.run(
+        git = subprocess.run(
             ["git", "-C", str(here), "worktree", "add", "--detach", str(there), revision],
             capture_output=True,
             text=True,
             check=False,
         )
-        if done.returncode:
-            raise UserError(f"same {revision}: git says: {done.stderr.strip()}; give a commit of this clone")
+        if git.returncode:
+            raise UserError(f"same {revision}: git says: {git.stderr.strip()}; give a commit of this clone")
         try:
             if not (there / "experiments" / "command.py").is_file():
                 raise UserError(
@@ -118,7 +118,7 @@ def _numbers_of(tree: Path, work: Path) -> dict[str, str]:
     for room in ROOMS:
         (site / "outgrow" / room).symlink_to(tree / room)
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, __file__, str(work / "text")],
         cwd=own,
         env=environment,
@@ -126,10 +126,10 @@ def _numbers_of(tree: Path, work: Path) -> dict[str, str]:
         text=True,
         check=False,
     )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no words"]
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or ["no words"]
         raise UserError(f"same: {tree} does not run: {lines[-1]}")
-    last = done.stdout.splitlines()[-1]
+    last = process.stdout.splitlines()[-1]
     return dict(json.loads(last))
 
 

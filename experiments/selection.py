@@ -30,28 +30,28 @@ if TYPE_CHECKING:
 Errors = Mapping[str, BaseException]  # of runs, by name
 
 
-def jobs_of(asked: Question, candidate: Candidate, budgets: Sequence[int]) -> list[Job]:
+def jobs_of(question: Question, candidate: Candidate, budgets: Sequence[int]) -> list[Job]:
     """The runs of a candidate up to the last of `budgets`, one for each seed.
 
     Raises:
         UserError: they compose to no run, or the lag lies within the warm-up.
     """
-    study = asked.study
+    study = question.study
     name = candidate.name
     arm = study.arms.get(name, Arm())
     leaf = arm.growth or name
     growth = [f"growth={leaf}", f"growth.name={candidate.label}"]
     own = [*arm.overrides, *candidate.overrides]
 
-    lag = asked.halving.lag_tokens
+    lag = question.halving.lag_tokens
     label = f"${{study}}-select-{candidate.label}-lag{lag}"
     runs = []
     try:
-        base = _base(asked)
-        schedule = _constant(asked, base, budgets)
+        base = _base(question)
+        schedule = _constant(question, base, budgets)
         start = start_of(study)
-        shared = [*study.runs, *start, *growth, *own, *schedule, *asked.overrides, "changes=''"]
-        for seed in asked.halving.seeds:
+        shared = [*study.runs, *start, *growth, *own, *schedule, *question.overrides, "changes=''"]
+        for seed in question.halving.seeds:
             point = [f"seed={seed}", f"name='{label}-s{seed}'"]
             job = job_of(name, [*shared, *point])
             runs.append(job)
@@ -60,18 +60,18 @@ def jobs_of(asked: Question, candidate: Candidate, budgets: Sequence[int]) -> li
     return runs
 
 
-def _base(asked: Question) -> Settings:
+def _base(question: Question) -> Settings:
     """The study's own run, which says what all candidates share."""
     from outgrow.train.compose import compose
 
-    study = asked.study
+    study = question.study
     start = start_of(study)
-    return compose([*study.runs, *start, "growth=scratch", *asked.overrides])
+    return compose([*study.runs, *start, "growth=scratch", *question.overrides])
 
 
-def _constant(asked: Question, base: Settings, budgets: Sequence[int]) -> list[str]:
+def _constant(question: Question, base: Settings, budgets: Sequence[int]) -> list[str]:
     """One constant rate for all, after a warm-up that the lag lies beyond."""
-    lag = asked.halving.lag_tokens
+    lag = question.halving.lag_tokens
     schedule = base.schedule
     warmup = schedule.warmup_tokens
     if warmup is None:
@@ -95,7 +95,7 @@ def _constant(asked: Question, base: Settings, budgets: Sequence[int]) -> list[s
 # ---- the selection -----------------------------------------------------------------------------------------
 
 
-def select(asked: Question, jobs_at_once: int | None = None) -> Selection:
+def select(question: Question, jobs_at_once: int | None = None) -> Selection:
     """Train every rung that is not complete, and choose.
 
     Raises:
@@ -107,34 +107,34 @@ def select(asked: Question, jobs_at_once: int | None = None) -> Selection:
 
     at_once = study.processes(jobs_at_once)
     display = Display()
-    logs = Path("runs") / f"logs-select-{asked.study.name}"
-    sources = study.ready_sources(asked.study, at_once, logs, display)
-    left = list(asked.candidates)
-    course = asked.halving.rungs(len(left))
+    logs = Path("runs") / f"logs-select-{question.study.name}"
+    sources = study.ready_sources(question.study, at_once, logs, display)
+    left = list(question.candidates)
+    course = question.halving.rungs(len(left))
     all_budgets = [tokens for tokens, _ in course]
     for candidate in left:  # faults are told before the first one trains
-        jobs_of(asked, candidate, all_budgets)
+        jobs_of(question, candidate, all_budgets)
     rungs: list[Rung] = []
-    for tokens, kept in course:
+    for tokens, keep_count in course:
         # Train every candidate that is left up to this rung's tokens.
         budgets = all_budgets[: len(rungs) + 1]
-        todo = {candidate.label: jobs_of(asked, candidate, budgets) for candidate in left}
+        todo = {candidate.label: jobs_of(question, candidate, budgets) for candidate in left}
         every = list(itertools.chain.from_iterable(todo.values()))
         missing = [job for job in every if not study.complete(job, *sources)]
         counts = f"{len(left)} candidates, {len(missing)} of {len(every)} runs to do"
         display.say(f"{tokens:,} tokens: {counts}")
         errors = _train(missing, at_once, logs, display)
         # Rank them; the better share goes on.
-        rung = _rung(tokens, kept, todo, errors)
+        rung = _rung(tokens, keep_count, todo, errors)
         rungs.append(rung)
         for dropped in rung.diverged:
             display.say(f"{dropped.label} diverged and is out: {dropped.reason}")
-        best = rung.standings[:kept]
+        best = rung.standings[:keep_count]
         going = {standing.label for standing in best}
         left = [candidate for candidate in left if candidate.label in going]
         if len(left) == 1:
             break
-    return Selection(asked.study.name, tuple(rungs))
+    return Selection(question.study.name, tuple(rungs))
 
 
 def _train(jobs: Sequence[Job], at_once: int, logs: Path, display: Display) -> Errors:
@@ -158,7 +158,7 @@ def _train(jobs: Sequence[Job], at_once: int, logs: Path, display: Display) -> E
     return {}
 
 
-def _rung(tokens: int, kept: int, todo: Mapping[str, Sequence[Job]], errors: Errors) -> Rung:
+def _rung(tokens: int, keep_count: int, todo: Mapping[str, Sequence[Job]], errors: Errors) -> Rung:
     """Read where every candidate stands, and who diverged.
 
     Args:
@@ -189,7 +189,7 @@ def _rung(tokens: int, kept: int, todo: Mapping[str, Sequence[Job]], errors: Err
             f"every candidate diverged; lower optimizer.learning_rate or raise lag_tokens\n{listing}"
         )
     best_first = tuple(ranked(standings))
-    return Rung(tokens, best_first, kept, tuple(dropped))
+    return Rung(tokens, best_first, keep_count, tuple(dropped))
 
 
 def _without_loss(job: Job) -> str | None:

@@ -188,9 +188,9 @@ def judged_texts(
     return open_texts(study.judged_on, first, text_of(first))
 
 
-def processes(asked: int | None) -> int:
+def processes(count: int | None) -> int:
     """The number of runs that go at a time; None: one for each core."""
-    at_once = cores() if asked is None else asked
+    at_once = cores() if count is None else count
     if at_once < 1:
         raise UserError(f"--jobs {at_once}: expected at least 1")
     return at_once
@@ -221,8 +221,8 @@ def _complete(folder: Path, settings: Settings, sources: Sequence[Job]) -> bool:
             continue
         text = (final / "ledger.json").read_text(encoding="utf-8")
         ledger = json.loads(text)
-        kept = {key: ledger.get(key) for key in ("tokens", "flops", "val_loss")}
-        if kept != {key: getattr(own, key) for key in kept}:
+        values = {key: ledger.get(key) for key in ("tokens", "flops", "val_loss")}
+        if values != {key: getattr(own, key) for key in values}:
             raise UserError(
                 f"{folder} started from a source that {final.parent} no longer holds; delete {folder} to "
                 "run it again",

@@ -136,10 +136,10 @@ def studies() -> dict[str, Path]:
 
 def folder_of(name: str) -> Path:
     """The folder of the study called `name`. Raises UserError where there is none of that name."""
-    known = studies()
-    if name not in known:
-        unknown("study", name, known)
-    return known[name]
+    registry = studies()
+    if name not in registry:
+        unknown("study", name, registry)
+    return registry[name]
 
 
 def results_folder(name: str, full: bool) -> Path:
@@ -162,8 +162,8 @@ def load_study(name: str) -> Study:
     path = folder_of(name) / DEFINITION
     faults: list[str] = []
     values = load_yaml(path)
-    known = values if isinstance(values, dict) else {}
-    study = read(Study, {**known, "name": name}, "", faults)
+    fields = values if isinstance(values, dict) else {}
+    study = read(Study, {**fields, "name": name}, "", faults)
     if study is not None:
         faults += _disagreements(study)
     UserError.collect(f"{path}: {fault}" for fault in faults)
@@ -318,15 +318,15 @@ def _disagreements(study: Study) -> list[str]:
             faults.append(f"judged_on: unknown data {leaf!r}; {hint}")
     for key in ("demo", "full"):
         extent: Extent = getattr(study, key)
-        known = [name for name in extent.arms if name in study.arms]
-        unknown_arms = [name for name in extent.arms if name not in known]
+        names = [name for name in extent.arms if name in study.arms]
+        unknown_arms = [name for name in extent.arms if name not in names]
         for name in unknown_arms:
             hint = did_you_mean(name, study.arms)
             faults.append(f"{key}.arms: unknown arm {name!r}; {hint}")
         if extent.learning_rate_factors != (1.0,):
-            without = [name for name in known if study.arms[name].learning_rate is None]
+            without = [name for name in names if study.arms[name].learning_rate is None]
             faults += [f"arms.{name}.learning_rate: missing; {key} has a grid around it" for name in without]
-        for name in known:
+        for name in names:
             source = study.arms[name].source
             if source is not None and source not in study.sources:
                 hint = did_you_mean(source, study.sources)
@@ -335,7 +335,7 @@ def _disagreements(study: Study) -> list[str]:
             if name not in extent.arms:
                 hint = did_you_mean(name, extent.arms)
                 faults.append(f"{key}.arm_overrides: {name!r} is not among {key}.arms; {hint}")
-        has_scratch = SCRATCH in map(study.counts_as, known)
+        has_scratch = SCRATCH in map(study.counts_as, names)
         if not (has_scratch or study.judged_on or unknown_arms):
             faults.append(
                 f"{key}.arms: none counts as {SCRATCH}, which costs are measured against; add it, or "

@@ -179,11 +179,11 @@ def training_of(folder: Path) -> Training:
 
 
 def _ledger(path: Path) -> Training:
-    kept = read_object(path, WAY_OUT)
-    own = kept.get("own")
+    ledger = read_object(path, WAY_OUT)
+    own = ledger.get("own")
     if not isinstance(own, dict):
         raise UserError(f"{path}: it has no entry 'own', so it is no ledger of a run; {WAY_OUT}")
-    numbers = own.get("tokens"), own.get("flops"), kept.get("flops")
+    numbers = own.get("tokens"), own.get("flops"), ledger.get("flops")
     kinds = {type(number) for number in numbers if number is not None}
     if not kinds <= {int, float}:
         raise UserError(f"{path}: tokens and FLOPs should be numbers; found {numbers}; {WAY_OUT}")
@@ -205,10 +205,10 @@ def _data_tokens(record: RunRecord) -> int | None:
     except UserError:  # settings of an older version, or a folder that is another by now
         return None
     total = 0
-    for known in stocks:
-        if known is None or not known.exact:
+    for text in stocks:
+        if text is None or not text.exact:
             return None
-        total += known.tokens
+        total += text.tokens
     return total
 
 

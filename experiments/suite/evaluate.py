@@ -87,20 +87,20 @@ def evaluate(
     scores = [Scores(out, folder, settings) for folder in folders]
 
     def is_missing(task: BenchmarkTask) -> bool:
-        return any(kept.get(task) is None for kept in scores)
+        return any(scores_of_run.get(task) is None for scores_of_run in scores)
 
     missing = list(filter(is_missing, suite.tasks))
     if missing:
         check_tokenizers(folders)
         _measure(missing, titles(runs), folders, scores, settings, say)
     evaluated = []
-    for name, folder, kept in zip(titles(runs), folders, scores, strict=True):
+    for name, folder, scores_of_run in zip(titles(runs), folders, scores, strict=True):
         # also what `only` leaves out and was measured before
-        values = {task.task: kept.get(task) for task in settings.suite.tasks}
-        known = {task: value for task, value in values.items() if value is not None}
-        groups = group_averages(settings.suite, known)
-        local = [task for task in known if are_others(kept.tasks, task)]
-        row = Evaluated(name, folder, known, groups, settings.limit, tuple(local))
+        values = {task.task: scores_of_run.get(task) for task in settings.suite.tasks}
+        by_task = {task: value for task, value in values.items() if value is not None}
+        groups = group_averages(settings.suite, by_task)
+        local = [task for task in by_task if are_others(scores_of_run.tasks, task)]
+        row = Evaluated(name, folder, by_task, groups, settings.limit, tuple(local))
         evaluated.append(row)
     return evaluated
 
@@ -122,8 +122,8 @@ def _measure(
     harness = Harness(local, bars=sys.stderr.isatty())
     run_code = settings.run_code
     loaded = harness.load(tasks, run_code=run_code)
-    for name, folder, kept in zip(names, folders, scores, strict=True):
-        todo = [task for task in tasks if kept.get(task) is None]
+    for name, folder, scores_of_run in zip(names, folders, scores, strict=True):
+        todo = [task for task in tasks if scores_of_run.get(task) is None]
         model: Any = None
         for task in todo:
             if model is None:
@@ -132,7 +132,7 @@ def _measure(
             ready = loaded[task.task]
             limit = settings.limit
             score = harness.score(task, ready, model, limit=limit, run_code=run_code)
-            kept.put(task, asdict(score))
+            scores_of_run.put(task, asdict(score))
             share = f"{score.value:.1%} of {score.items}"
             say(f"{name}: {task.task} {share} ({score.metric})")
 
@@ -244,10 +244,10 @@ class Scores:
         path = self.folder / f"{task.task}.json"
         if not path.is_file():
             return None
-        kept = read_object(path, "delete it, and it is measured again")
-        same_task = kept.get("asked") == asdict(task)
-        if same_task and kept.get("conditions") == self.conditions(task):
-            return float(kept["value"])
+        entry = read_object(path, "delete it, and it is measured again")
+        same_task = entry.get("asked") == asdict(task)
+        if same_task and entry.get("conditions") == self.conditions(task):
+            return float(entry["value"])
         return None
 
     def put(self, task: BenchmarkTask, score: Mapping[str, Any]) -> None:
