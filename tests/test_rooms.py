@@ -13,6 +13,7 @@ import pytest
 HOUSE = Path(__file__).resolve().parent.parent
 ROOMS = ("model", "growth", "train", "experiments")  # each imports from those before it alone
 NAME = "outgrow"  # of the installed package, whose folders the rooms are
+NO_NOUNS = {"found", "made", "given", "told", "whole", "place"}  # they say nothing of what they name
 
 
 def modules(house: Path, room: str) -> dict[str, Path]:
@@ -138,3 +139,34 @@ def test_code_does_the_same_without_its_asserts(room: str) -> None:
         "assert next(rows)",
         "assert (n := 1)",
     ]
+
+
+def names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """The line and the name of everything that a module names: variables, fields, arguments, functions."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
+                yield node.lineno, name
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield node.lineno, name.strip("_")
+            case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)):
+                yield node.lineno, name
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_what_is_named_is_named_by_a_noun_that_tells_what_it_is(room: str) -> None:
+    paths = (path for path in modules(HOUSE, room).values() if path.suffix == ".py")
+    offenders = [
+        f"{path.relative_to(HOUSE)}:{line}: {name}"
+        for path in paths
+        for line, name in names(ast.parse(path.read_text(encoding="utf-8")))
+        if name in NO_NOUNS
+    ]
+    assert not offenders
+
+
+def test_every_way_to_name_something_is_seen() -> None:
+    code = (
+        "def _told(given, *, place=0):\n    found: int = 1\n    return [whole for whole in (made := [found])]"
+    )
+    assert {name for _, name in names(ast.parse(code))} >= NO_NOUNS
