@@ -76,7 +76,7 @@ def examine(name: str, columns: list[str], device: str, precision: str, text: Pa
     seen, story["said"] = _causal(twin.config, running, device, precision)
     story |= {
         question: _plain(getattr(seen, question))
-        for question in ("head", "future", "leak", "masked_leak", "place", "unreached", "sometimes")
+        for question in ("head", "future", "leak", "masked_leak", "shift", "unreached", "sometimes")
     }
     whole = {**twin.config, **story["said"]}
     tried: dict[str, Callable[[], Any]] = {
@@ -292,7 +292,7 @@ def document_mask(story: Story, rounding: float) -> str:
     if isinstance(future, dict) or future > rounding:
         return cell(future, lambda moved: f"sees later tokens: {moved:.2g}")
     if isinstance(leak, float) and leak > rounding and isinstance(masked, float) and masked <= rounding:
-        restarts = isinstance(story["place"], float) and story["place"] <= rounding
+        restarts = isinstance(story["shift"], float) and story["shift"] <= rounding
         return "holds by masks" if restarts else "holds by masks, positions go on"
     worst = leak if isinstance(masked, dict) else masked  # masks not handed over, or not enough
     return cell(worst, lambda moved: "holds" if moved <= rounding else f"leaks {moved:.2g}")

@@ -24,7 +24,7 @@ ASKED: dict[str, Any] = {
     "future": 0.0,
     "leak": 1.2,
     "masked_leak": 1.1,
-    "place": 0.0,
+    "shift": 0.0,
     "unreached": ["model.vision.*.weight"],
     "sometimes": [],
     "flops": {"source": "PyTorch's counter", "apart": 0.0},
@@ -70,7 +70,7 @@ def test_a_row_has_a_value_or_a_refusal_in_each_cell(bench: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("leak", "masked", "place", "words"),
+    ("leak", "masked", "shift", "words"),
     [
         (0.0, {"refused": "positions that restart are enough"}, {"refused": "as above"}, "holds"),
         (0.9, 1e-7, 1e-7, "holds by masks"),
@@ -81,9 +81,9 @@ def test_a_row_has_a_value_or_a_refusal_in_each_cell(bench: ModuleType) -> None:
     ],
 )
 def test_documents_are_kept_apart_by_positions_or_by_masks(
-    bench: ModuleType, leak: Any, masked: Any, place: Any, words: str
+    bench: ModuleType, leak: Any, masked: Any, shift: Any, words: str
 ) -> None:
-    story = {**ASKED, "leak": leak, "masked_leak": masked, "place": place}
+    story = {**ASKED, "leak": leak, "masked_leak": masked, "shift": shift}
     assert bench.document_mask(story, 1e-4) == words
 
 

@@ -97,7 +97,7 @@ def test_every_study_composes(name: str, elsewhere: Path, grids: dict[str, list[
             == len(todo)
             == len(extent.arms) * seeds * len(extent.learning_rate_factors)
         )
-        arms = {job.arm for job in todo}
+        arms = {study.counts_as(job.arm) for job in todo}
         assert study.judged_on or "scratch" in arms
         assert study.judged_on or study.family or arms & {"source", "small"}, (
             "no control: trained longer but not bigger"
