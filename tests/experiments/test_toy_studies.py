@@ -23,6 +23,7 @@ STUDIES: dict[str, Mapping[str, Sequence[str]]] = {  # name: what arms need to b
     "width_or_depth": {},
     "gpu_hour": {},
     "one_million": {},
+    "sign_change": {},
 }
 LARGE = ["hidden_size=24", "intermediate_size=48", "num_attention_heads=3", "num_key_value_heads=3"]
 TOY = [*(f"target.{size}" for size in LARGE), "train.compile=false"]
