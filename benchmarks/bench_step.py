@@ -25,24 +25,29 @@ from torch import nn
 from outgrow.model.base.machine import machine
 from outgrow.model.build import build_model
 from outgrow.train.loss import NextTokenLoss
-from outgrow.train.machine.compile import TanhGELU, fuse_activations
+from outgrow.train.machine.compile import TanhGELU, fuse_activations, layers_of
 from outgrow.train.optimizer import Joined, adamw, build_optimizer, parameter_groups
 from outgrow.train.settings import OptimizerSettings
 
 HERE = Path(__file__).resolve().parent
 WINDOWS, CONTEXT, VOCABULARY = 32, 128, 320
-PHI = {
-    "model_type": "phi",
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 128,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "partial_rotary_factor": 0.5,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-}
+
+
+def phi(width: int) -> dict[str, Any]:
+    """The config of eight layers of `width`, in heads of 16."""
+    heads = width // 16
+    return {
+        "model_type": "phi",
+        "vocab_size": VOCABULARY,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": 8,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "partial_rotary_factor": 0.5,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+    }
 
 
 def settings_of(name: str) -> OptimizerSettings:
@@ -74,6 +79,8 @@ class Contender:
     Args:
         activation: "own", "kernel" (PyTorch's fused one) or "chain" (the library's elementwise kernels).
         micro_batch: windows of a forward pass.
+        width: hidden size, in heads of 16.
+        compiled: layer by layer, as train.compile=true does.
     """
 
     def __init__(
@@ -83,14 +90,19 @@ class Contender:
         *,
         activation: str = "own",
         micro_batch: int = WINDOWS,
+        width: int = 32,
+        compiled: bool = False,
     ) -> None:
-        network = build_model(PHI, seed=0).train()
+        network = build_model(phi(width), seed=0).train()
         if activation != "chain":
             fuse_activations(network)
         if activation == "kernel":
             for layer in network.model.layers:
                 assert isinstance(layer.mlp.activation_fn, TanhGELU)
                 layer.mlp.activation_fn = nn.GELU(approximate="tanh")
+        if compiled:
+            for layer in layers_of(network):
+                layer.compile()
         self.parameters = list(network.parameters())
         self.objective = NextTokenLoss(network, fused=True)
         self.optimizer = build(network, name)

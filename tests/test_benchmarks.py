@@ -55,6 +55,16 @@ def test_a_small_networks_step_is_told_as_it_was_measured() -> None:
         assert own == pytest.approx(first, rel=1e-5)  # and the same training, but for Muon's bfloat16
 
 
+def test_runs_side_by_side_are_told_as_they_were_measured() -> None:
+    bench = script("bench_pairs")
+    result = json.loads((FOLDER / "bench_pairs.json").read_text())
+    assert bench.table(result) in (FOLDER.parent / "docs" / "evidence.md").read_text()
+    for forms in result["widths"].values():
+        library, *ours = (forms[form]["losses"] for form in bench.FORMS)
+        for losses in ours:  # the same training, but for Muon's bfloat16 in the library
+            assert losses == pytest.approx(library, rel=1e-4)
+
+
 def test_near_duplicates_are_told_as_they_were_measured() -> None:
     bench = script("bench_duplicates")
     result = json.loads((FOLDER / "bench_duplicates.json").read_text())

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import platform
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -174,6 +178,38 @@ def test_gelu_through_a_sigmoid_is_gelu_with_its_derivative_and_keeps_no_more() 
     slopes = torch.autograd.grad(value.sum(), ours) + torch.autograd.grad(expected.sum(), theirs)
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(slopes[0].double(), slopes[1], rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_a_compiler_is_handed_gelu_as_a_formula_that_it_can_fuse() -> None:
+    """Not as a function with a backward pass of its own, whose pieces it would have to run one by one."""
+    line = torch.linspace(-12.0, 12.0, 4001)
+    ours, theirs = line.clone().requires_grad_(), line.double().requires_grad_()
+    torch.compiler.reset()
+    value = torch.compile(TanhGELU(), backend="eager", fullgraph=True)(ours)
+    assert "SigmoidGELU" not in type(value.grad_fn).__name__
+    assert type(value.grad_fn).__name__ == "MulBackward0"
+    expected = nn.functional.gelu(theirs, approximate="tanh")
+    slopes = torch.autograd.grad(value.sum(), ours) + torch.autograd.grad(expected.sum(), theirs)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(slopes[0].double(), slopes[1], rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator has these settings")
+def test_a_session_on_a_cpu_keeps_the_memory_that_a_step_frees() -> None:
+    """In a process of its own: 64 tensors are freed and allocated again without a page that the system clears."""
+    script = (
+        "import resource, sys, torch\n"
+        "from outgrow.train.machine.device import session\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "def step(): return [torch.ones(2**18) for _ in range(64)]\n"
+        "with session('fp32'):\n"
+        "    step(); step(); before = faults(); step(); print(faults() - before)\n"
+    )
+    command = [sys.executable, "-P", "-c", script]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert int(result.stdout) < 1000  # of the 16,384 pages of 64 MiB
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

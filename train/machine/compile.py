@@ -37,6 +37,8 @@ class TanhGELU(nn.GELU):
         is_plain = type(input) is Tensor and input.dtype is torch.float32
         on_cpu = input.device.type == "cpu"
         if is_plain and on_cpu and input.requires_grad:
+            if torch.compiler.is_compiling():
+                return _gelu(input)
             return SigmoidGELU.apply(input)
         return super().forward(input)
 
@@ -44,6 +46,11 @@ class TanhGELU(nn.GELU):
 SLOPE = 2 * math.sqrt(2 / math.pi)
 CUBIC = 0.044715
 PIECE = 2**16  # of numbers: five arrays of them fit a core's cache
+
+
+def _gelu(inputs: Tensor) -> Tensor:
+    """GELU by tanh in one line, which a compiler makes one kernel forward and one backward of."""
+    return inputs * torch.sigmoid(SLOPE * (inputs + CUBIC * inputs * inputs * inputs))
 
 
 class SigmoidGELU(torch.autograd.Function):

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.machine import processor
 from outgrow.train.machine.agreement import check_agreement
+from outgrow.train.machine.allocator import keep_freed_memory
 from outgrow.train.machine.distribute import open_accelerator
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ def session(
     bars = logging.is_progress_bar_enabled()
     matmul = torch.get_float32_matmul_precision()
     _reset()
+    if cpu:
+        keep_freed_memory()
     # a bar for each model that is read or written would break up the run's own lines
     logging.disable_progress_bar()
     _join_processes(cpu, hang_seconds)
