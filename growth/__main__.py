@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from outgrow.growth.moments import Rule
 from outgrow.model.base.compose import CONF, compose_config
 from outgrow.model.base.errors import UserError, not_installed
 from outgrow.model.base.interrupt import started
@@ -74,6 +75,7 @@ class Settings:
     max_shard_gb: float
     revision: str | None
     optimizer: str | None
+    moments: Rule
     nonfinite: Literal["refuse", "allow"]
     figure: str | None
     worker: str | int | None
@@ -121,6 +123,11 @@ def _disagreements(settings: Settings) -> Iterator[str]:
     receipt = settings.receipt
     if receipt.text is not None and receipt.measure is False:
         yield "receipt.text: is for a receipt, and receipt=false measures none; leave one of them out"
+    if settings.moments != "own" and settings.optimizer is None:
+        yield (
+            f"moments={settings.moments}: how an optimizer's state grows, and none is given; give "
+            "optimizer=FILE, or leave moments out"
+        )
     figure = settings.figure
     is_picture = figure is None or Path(figure).suffix in PICTURES
     if not is_picture:
@@ -151,6 +158,7 @@ def run(settings: Settings) -> None:
             max_shard_bytes=max_shard_bytes,
             revision=settings.revision,
             optimizer=settings.optimizer,
+            moments=settings.moments,
             nonfinite=settings.nonfinite,
             worker=worker,
             progress=progress,

@@ -18,10 +18,11 @@ from helpers.families import FAMILIES, MULTI_HEAD, config_of, growths, renamed
 from helpers.models import random_model
 from helpers.unwritten import config_of as stranger
 from outgrow.growth import grow, grow_optimizer, load_optimizer, plan
+from outgrow.growth.__main__ import run, settings_from
 from outgrow.growth.decision import Step
 from outgrow.growth.memory import config_of as config_of_model
 from outgrow.growth.memory import follow, plan_of
-from outgrow.growth.moments import ADAM, inexact
+from outgrow.growth.moments import ADAM, RULES, inexact
 from outgrow.growth.optimizer import fill
 from outgrow.growth.origin import Origin, axis_origins, origins
 from outgrow.growth.plan import Plan
@@ -317,6 +318,40 @@ def test_saved_states_grow_on_disk_as_in_memory(tmp_path: Path, name: str, form:
         "inexact": [],
     }
     trained(loaded, mine)  # and it goes on
+
+
+def test_the_command_grows_a_state_by_the_rule_that_it_is_given(phi_folder: Path, tmp_path: Path) -> None:
+    model = load_model(phi_folder)
+    torch.save(trained(model).state_dict(), tmp_path / "optimizer.pt")
+    given = [
+        f"source={phi_folder}",
+        "target={intermediate_size:80}",
+        f"optimizer={tmp_path}",
+        "receipt=false",
+    ]
+    for moments in ((), ("moments=kept",)):
+        out = tmp_path / "".join(("grown", *moments))
+        run(settings_from([*given, f"out={out}", *moments]))
+        rule = json.loads((out / "optimizer/state.json").read_text())["rule"]
+        assert rule == RULES["kept" if moments else "transpose"]
+    grown = load_model(out)
+    optimizer = adam(grown)
+    load_optimizer(out, optimizer, grown)
+    bias = dict(grown.named_parameters())["model.layers.0.mlp.fc1.bias"]
+    assert (optimizer.state[bias]["exp_avg"][:64] != 0).any()
+    assert (optimizer.state[bias]["exp_avg"][64:] == 0).all()  # copies, reset
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("moments=kpt", "moments: unknown value 'kpt'; did you mean 'kept'"),
+        ("moments=kept", "moments=kept: how an optimizer's state grows, and none is given; give optimizer="),
+    ],
+)
+def test_the_command_tells_a_rule_that_cannot_be_followed(given: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        settings_from(["source=phi_1_5", "target=phi_2", "out=x", given])
 
 
 @pytest.mark.parametrize(
