@@ -73,9 +73,10 @@ def _hydra(cfg: DictConfig) -> None:
     running = HydraConfig.get()
     if slurm.in_job():
         slurm.join()
-    tell_changes(cfg, running.overrides.task, _own_folder(running))
+    own = _own_folder(running)
+    tell_changes(cfg, running.overrides.task, own)
     try:
-        _train(settings_from(cfg))
+        _train(settings_from(cfg, own=own))
     except (
         Exception
     ) as error:  # a rate that diverges is what sweeps are for: the other points have their turn

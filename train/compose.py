@@ -6,11 +6,11 @@ Nothing here imports torch, so that a misspelt key is answered at once. No code 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outgrow.model.base.compose import CONF, compose_config
+from outgrow.model.base.compose import CONF, MISSING, compose_config, plain
 from outgrow.model.base.settings import settings_of
 from outgrow.train.disagreements import disagreements
 from outgrow.train.settings import Settings
@@ -32,18 +32,38 @@ def compose(overrides: list[str], own: Path | None = None) -> Settings:
     cfg, faults = compose_config(CONF, "train", overrides, own)
     if not faults:
         tell_changes(cfg, overrides, own)
-    return settings_from(cfg, faults)
+    return settings_from(cfg, faults, own)
 
 
-def settings_from(cfg: DictConfig | Mapping[str, Any], faults: list[str] | None = None) -> Settings:
+def settings_from(
+    cfg: DictConfig | Mapping[str, Any], faults: Sequence[str] = (), own: Path | None = None
+) -> Settings:
     """A composed configuration, read and checked.
 
     Args:
         cfg: what Hydra composed, or the same as plain dicts.
         faults: faults that are already known; they are told with the ones found here.
+        own: a folder of the user's, with further leaves.
 
     Raises:
         UserError: unknown (with near matches), missing or mistyped keys and values that cannot work together,
             all at once.
     """
-    return settings_of(Settings, cfg, faults or (), disagreements)
+    every_fault = list(faults)
+    values = plain(cfg, every_fault)
+    if "evaluate" in values:
+        values["evaluate"] = _with_suite(values["evaluate"], own, every_fault)
+    return settings_of(Settings, values, every_fault, disagreements)
+
+
+def _with_suite(benchmarks: Any, own: Path | None, faults: list[str]) -> Any:
+    """The settings `evaluate` with the suite itself in the place of its name: the leaf that `outgrow evaluate
+    suite=NAME` would measure. MISSING, and why, where there is none.
+    """
+    suite = benchmarks.get("suite") if isinstance(benchmarks, dict) else None
+    if suite is None or isinstance(suite, dict):
+        return benchmarks
+    cfg, leaf_faults = compose_config(CONF, "evaluate", [f"suite={suite}"], own)
+    further = [fault for fault in leaf_faults if fault not in faults]
+    faults += [f"evaluate: {fault}" for fault in further]
+    return MISSING if further else {**benchmarks, "suite": plain(cfg, faults)["suite"]}

@@ -21,7 +21,6 @@ from outgrow.train.settings import (
     TeacherSettings,
     learns_from_source,
 )
-from outgrow.train.suite.suite import load_suite
 
 SEEDS = 2**63
 
@@ -156,7 +155,7 @@ def _benchmark_disagreements(settings: Settings) -> list[str]:
             "measures it at the end"
         )
     try:
-        load_suite(benchmarks.suite).of(benchmarks.only)
+        benchmarks.suite.of(benchmarks.only)
     except UserError as fault:
         faults.append(f"evaluate: {fault}")
     return faults

@@ -16,6 +16,7 @@ from outgrow.growth.moments import ADAM, MUON, Rule
 from outgrow.train.data.settings import DataSettings, MixtureSettings
 from outgrow.train.schedule import ScheduleSettings
 from outgrow.train.start.neutral import flatten, is_neutral
+from outgrow.train.suite.suite import Suite
 
 # the optimizers whose state is kept for growth, and grows → what it holds
 KEPT: Mapping[str, tuple[str, ...]] = {"adamw": ADAM, "muon": (*ADAM, *MUON)}
@@ -178,7 +179,7 @@ class ForecastSettings:
 class BenchmarkSettings:
     """Benchmarks on the way: they change nothing in the result."""
 
-    suite: str | None  # conf/suite
+    suite: Suite | None  # a leaf of conf/suite
     tasks: str | None
     only: tuple[str, ...] | None
     every_tokens: int | None

@@ -387,7 +387,10 @@ def test_a_folder_of_settings_of_ones_own_works_with_a_sweep_wherever_its_flag_s
     (tmp_path / "settings/experiment").mkdir(parents=True)
     experiment = "# @package _global_\nstudy: mine\ntarget: tiny_target\n"
     (tmp_path / "settings/experiment/mine.yaml").write_text(experiment)
-    more = ["growth=scratch", "dry_run=true", "forecast.gpus=1", "-m", "seed=0,1"]
+    (tmp_path / "settings/suite").mkdir()
+    task = "{task: piqa, group: own, shots: 0, metric: acc}"
+    (tmp_path / "settings/suite/few.yaml").write_text(f"name: few\ntasks: [{task}]\n")
+    more = ["growth=scratch", "evaluate.suite=few", "dry_run=true", "forecast.gpus=1", "-m", "seed=0,1"]
     done = run("--config-dir", "settings", "experiment=mine", *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^(\S+): [\d,]+ parameters", done.stdout, re.M) == [

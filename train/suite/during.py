@@ -10,7 +10,6 @@ import torch
 
 from outgrow.train.data.tokenizer import load_tokenizer
 from outgrow.train.suite.harness import Harness
-from outgrow.train.suite.suite import load_suite
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,8 +29,7 @@ class Benchmarks:
 
     def __init__(self, settings: BenchmarkSettings, data: TokenData) -> None:
         assert settings.suite is not None
-        suite = load_suite(settings.suite)
-        self.suite = suite.of(settings.only)
+        self.suite = settings.suite.of(settings.only)
         self.limit = settings.limit
         self.harness = Harness(
             None if settings.tasks is None else Path(settings.tasks).expanduser().resolve()
