@@ -10,6 +10,7 @@ outgrow study tiny [--jobs N]                          minutes: source, every ar
                                                        skipped
 outgrow study tiny --full                              hours: three seeds, a grid of learning rates for every
                                                        arm
+outgrow study mine --config-dir DIR                    with leaves of your own: DIR/data/mine.yaml, …
 outgrow select tiny_transfer lossless random_pad lag_tokens=N
                                                      successive halving: which start leads after a lag
 outgrow same REV                                     minutes: does a change alter a number? two revisions,
@@ -28,10 +29,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from outgrow.experiments.study_file import load_study, studies
+from outgrow.experiments.study_file import read_study, studies
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import write_text
 from outgrow.model.base.interrupt import Terminated, started, terminable
+from outgrow.model.base.overrides import FOLDER_FLAGS, leaves_folder
 from outgrow.train.run.trackers import installed
 
 if TYPE_CHECKING:
@@ -146,6 +148,7 @@ def _add_study(add: Add) -> None:
     run.add_argument("study", nargs="?", help="such as tiny; without it, all are listed")
     run.add_argument("--full", action="store_true", help="all seeds and the whole grid of learning rates")
     _run_at_once(run)
+    _own_leaves(run)
     _mirror(run)
 
 
@@ -160,6 +163,7 @@ def _add_select(add: Add) -> None:
         "growth.depth=stack'); lag_tokens=N, keep=0.5, seeds=[0]; anything else with = is an override of all",
     )
     _run_at_once(select)
+    _own_leaves(select)
 
 
 def _add_same(add: Add) -> None:
@@ -181,6 +185,19 @@ def _out(command: argparse.ArgumentParser, default: str, more: str = "") -> None
 
 def _run_at_once(command: argparse.ArgumentParser) -> None:
     command.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one for each core)")
+
+
+def _own_leaves(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        *FOLDER_FLAGS,
+        metavar="DIR",
+        help="a folder of leaves of your own (experiment/, data/, …), which the runs may name too",
+    )
+
+
+def _own(options: argparse.Namespace) -> Path | None:
+    name: str | None = options.config_dir
+    return None if name is None else leaves_folder(FOLDER_FLAGS[0], name)
 
 
 def _mirror(command: argparse.ArgumentParser) -> None:
@@ -261,14 +278,15 @@ def _predict(options: argparse.Namespace) -> int:
 def _study(options: argparse.Namespace) -> int:
     if options.study is None:
         for name in studies():
-            print(f"{name}: {load_study(name).question}")
+            print(f"{name}: {read_study(name).question}")
         return 0
     from outgrow.experiments.placing import placed
     from outgrow.experiments.study import RunFailed, run_study
     from outgrow.experiments.table import insert_table
 
     try:
-        outcome = run_study(options.study, full=options.full, jobs_at_once=options.jobs)
+        at_once, own = options.jobs, _own(options)
+        outcome = run_study(options.study, full=options.full, jobs_at_once=at_once, own=own)
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -323,7 +341,7 @@ def _select(options: argparse.Namespace) -> int:
     from outgrow.experiments.selection_report import RECORD, table, write
     from outgrow.experiments.study import RunFailed
 
-    subject = question(options.study, options.words)
+    subject = question(options.study, options.words, _own(options))
     try:
         selection = select(subject, jobs_at_once=options.jobs)
     except RunFailed as error:

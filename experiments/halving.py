@@ -14,7 +14,7 @@ import yaml
 
 from outgrow.experiments.runs import SOURCE
 from outgrow.experiments.study_file import Study, load_study
-from outgrow.model.base.compose import CONF
+from outgrow.model.base.compose import leaves
 from outgrow.model.base.errors import UserError, did_you_mean
 from outgrow.model.base.settings import read
 
@@ -86,13 +86,16 @@ class Question:
         return Path("runs") / f"select-{self.study.name}"
 
 
-def question(study: str, words: Sequence[str]) -> Question:
+def question(study: str, words: Sequence[str], own: Path | None = None) -> Question:
     """A selection from the words of the command line: candidates, and `key=value`.
+
+    Args:
+        own: a folder of the user's, with further leaves.
 
     Raises:
         UserError: every fault of the words, at once.
     """
-    definition = load_study(study)
+    definition = load_study(study, own)
     candidates = []
     overrides = []
     values: dict[str, Any] = {}
@@ -118,9 +121,7 @@ def question(study: str, words: Sequence[str]) -> Question:
 
 def _candidate_faults(study: Study, candidates: Sequence[Candidate]) -> Iterator[str]:
     """List what is wrong with the names of candidates."""
-    files = (CONF / "growth").glob("*.yaml")
-    leaves = [path.stem for path in files]
-    names = {*study.arms, *leaves} - {SOURCE}
+    names = {*study.arms, *leaves("growth", study.own)} - {SOURCE}
     labels = []
     for candidate in candidates:
         if candidate.name not in names:

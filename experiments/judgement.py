@@ -81,10 +81,10 @@ def check_held_out(leaves: Sequence[str], todo: Sequence[Job]) -> None:
 
 
 def _judged(leaf: str, job: Job) -> DataSettings:
-    """The text of a leaf of conf/data under the overrides of `job`."""
+    """The text of a leaf of conf/data, or of the user's, under the overrides of `job`."""
     from outgrow.train.compose import compose
 
-    return compose([*job.overrides, f"data={leaf}"]).data
+    return compose([*job.overrides, f"data={leaf}"], job.own).data
 
 
 def _trained_on(job: Job) -> dict[str, DataSettings]:

@@ -14,7 +14,7 @@ from outgrow.experiments.ends import End
 from outgrow.experiments.frontier import LEAST_BUDGETS, LEAST_SIZES, flat_points
 from outgrow.experiments.horizons import Horizon, best_points
 from outgrow.experiments.runs import NULL_CONTROL, SCRATCH
-from outgrow.experiments.study_file import load_study, studies
+from outgrow.experiments.study_file import read_study, studies
 
 LEAST_TOKENS = 5  # per parameter, below which the small network trained on wins by arithmetic
 LEAST_RATES = 3
@@ -44,7 +44,7 @@ def unrun(study: str, ends: Iterable[End]) -> str | None:
     """A sentence on the arms of a study's definition without an end: a negative result may be among them."""
     if study not in studies():
         return None
-    definition = load_study(study)
+    definition = read_study(study)
     arms = {definition.counts_as(arm) for arm in definition.full.arms}
     missing = arms - {end.arm for end in ends}
     if not missing:

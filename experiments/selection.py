@@ -53,7 +53,7 @@ def jobs_of(question: Question, candidate: Candidate, budgets: Sequence[int]) ->
         shared = [*study.runs, *start, *growth, *own, *schedule, *question.overrides, "changes=''"]
         for seed in question.halving.seeds:
             point = [f"seed={seed}", f"name='{label}-s{seed}'"]
-            job = job_of(name, [*shared, *point])
+            job = job_of(name, [*shared, *point], study.own)
             runs.append(job)
     except UserError as fault:
         raise UserError(f"candidate {candidate.label}: {fault}") from None
@@ -66,7 +66,7 @@ def _base(question: Question) -> Settings:
 
     study = question.study
     start = start_of(study)
-    return compose([*study.runs, *start, "growth=scratch", *question.overrides])
+    return compose([*study.runs, *start, "growth=scratch", *question.overrides], study.own)
 
 
 def _constant(question: Question, base: Settings, budgets: Sequence[int]) -> list[str]:

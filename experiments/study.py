@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from outgrow.train.data.settings import DataSettings
     from outgrow.train.settings import Settings
 
-Train = Callable[[tuple[str, ...], str], str]
+Train = Callable[[Job, str], str]
 
 
 GRACE_S = 15  # that runs have to save in, once the study is stopped
@@ -69,15 +69,20 @@ class Done:
     texts: Mapping[str, TokenData]
 
 
-def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None) -> Done:
+def run_study(
+    name: str, *, full: bool = False, jobs_at_once: int | None = None, own: Path | None = None
+) -> Done:
     """Do every stage of a study that is not done yet.
+
+    Args:
+        own: a folder of the user's, whose leaves the study may name too.
 
     Raises:
         UserError: the study, its settings or a run folder is at fault.
         RunFailed: a run ended with an error; what was complete stays, and the same command goes on from
             there.
     """
-    study = load_study(name)
+    study = load_study(name, own)
     extent = study.full if full else study.demo
     out = results_folder(name, full)
     readme = page_of(out) if full else None
@@ -285,7 +290,7 @@ def run_jobs(todo: Sequence[Job], at_once: int, logs: Path, display: Display, tr
 
     def submit(job: Job) -> Future[str]:
         log = str(log_of(job, logs))
-        return pool.submit(train, job.overrides, log)
+        return pool.submit(train, job, log)
 
     with pool, display.watching(todo):
         try:

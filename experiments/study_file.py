@@ -12,13 +12,14 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outgrow.experiments.runs import CONTROLS, SCRATCH, SOURCE
-from outgrow.model.base.compose import CONF, load_yaml
+from outgrow.model.base.compose import leaves, load_yaml
 from outgrow.model.base.errors import UserError, did_you_mean, unknown
 from outgrow.model.base.settings import read
 from outgrow.train.settings import horizon_runs
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 HERE = Path(str(files("outgrow.experiments")))
 DEFINITION = "study.yaml"
+# what a study has that its definition does not say → where it comes from
+UNSAID = {"name": "a study is called as its folder is", "own": "outgrow study NAME --config-dir DIR gives it"}
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Study:
     count it out, the tables count it both ways.
 
     `family`: the arms are products of several sizes, all of use, and the cost of all of them is compared.
+
+    `own` is a folder of the user's, whose leaves the overrides may name too.
     """
 
     name: str
@@ -96,6 +101,7 @@ class Study:
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     source_is_there: bool = False
     family: bool = False
+    own: Path | None = None
 
     def counts_as(self, arm: str) -> str:
         """The arm that a comparison counts the runs of `arm` under."""
@@ -104,12 +110,15 @@ class Study:
 
 @dataclass(frozen=True)
 class Job:
-    """One run to do: who it is, and the overrides that compose its settings."""
+    """One run to do: who it is, and the overrides that compose its settings, with the folder of the user's
+    leaves that they may name.
+    """
 
     name: str
     arm: str
     overrides: tuple[str, ...]
     settings: Settings
+    own: Path | None = None
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -154,18 +163,42 @@ def results_folder(name: str, full: bool) -> Path:
     return Path("runs") / f"comparison-{name}{extent}"
 
 
-def load_study(name: str) -> Study:
-    """The study called `name`.
+def load_study(name: str, own: Path | None = None) -> Study:
+    """The study called `name`, to be run.
+
+    Args:
+        own: a folder of the user's, with further leaves.
 
     Raises UserError for an unknown study, and every misspelt, missing or mistyped key at once.
     """
-    path = folder_of(name) / DEFINITION
-    faults: list[str] = []
-    values = load_yaml(path)
+    study, faults = _definition(name)
+    if study is not None:
+        faults += _judged_faults(study, own)
+    return replace(_sound(name, study, faults), own=own)
+
+
+def read_study(name: str) -> Study:
+    """The study called `name`, to be told of: what it is judged on need not be here.
+
+    Raises UserError as `load_study` does.
+    """
+    return _sound(name, *_definition(name))
+
+
+def _definition(name: str) -> tuple[Study | None, list[str]]:
+    """What defines the study called `name`, with the faults that it has of itself."""
+    values = load_yaml(folder_of(name) / DEFINITION)
     fields = values if isinstance(values, dict) else {}
-    study = read(Study, {**fields, "name": name}, "", faults)
+    faults = [f"{key}: unknown key; {origin}" for key, origin in UNSAID.items() if key in fields]
+    said = {key: value for key, value in fields.items() if key not in UNSAID}
+    study = read(Study, {**said, "name": name}, "", faults)
     if study is not None:
         faults += _disagreements(study)
+    return study, faults
+
+
+def _sound(name: str, study: Study | None, faults: Sequence[str]) -> Study:
+    path = folder_of(name) / DEFINITION
     UserError.collect(f"{path}: {fault}" for fault in faults)
     assert study is not None
     return study
@@ -175,14 +208,14 @@ def takes_source_as_there(name: str) -> bool:
     """Check whether the question of the study called `name` takes its source as there; one without a
     definition does not.
     """
-    return name in studies() and load_study(name).source_is_there
+    return name in studies() and read_study(name).source_is_there
 
 
 def source_job(study: Study) -> Job | None:
     """The run that trains the source; None where there is none, or where it is a checkpoint that is there."""
     if isinstance(study.source, str) or not study.source:
         return None
-    return job_of(SOURCE, list(study.source))
+    return job_of(SOURCE, list(study.source), study.own)
 
 
 def source_jobs(study: Study) -> list[Job]:
@@ -191,7 +224,7 @@ def source_jobs(study: Study) -> list[Job]:
     runs = [] if own is None else [own]
     for name, overrides in study.sources.items():
         own_name = f"name={_source_run(study, name)}"
-        runs.append(job_of(SOURCE, [*overrides, "changes=''", own_name]))
+        runs.append(job_of(SOURCE, [*overrides, "changes=''", own_name], study.own))
     return runs
 
 
@@ -215,7 +248,7 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
     for name in extent.arms:
         try:
             shared[name] = _arm_overrides(study, name, extent)
-            job_of(name, shared[name])
+            job_of(name, shared[name], study.own)
         except UserError as fault:
             faults[str(fault)].append(name)
     path = folder_of(study.name) / DEFINITION
@@ -228,7 +261,7 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
         if share == 1 or seed in tuning:
             middle = study.arms[name].learning_rate
             point = _point_overrides(name, middle, share, seed)
-            runs.append(job_of(name, shared[name] + point))
+            runs.append(job_of(name, shared[name] + point, study.own))
     return runs
 
 
@@ -243,7 +276,7 @@ def _arm_overrides(study: Study, name: str, extent: Extent) -> list[str]:
     last = extent.arm_overrides.get(name, ())
     overrides = [*study.runs, *extent.overrides, *start, *names, *arm.overrides, *last]
     if growth in CONTROLS:
-        overrides += equal_flops(overrides)
+        overrides += equal_flops(overrides, study.own)
     return overrides
 
 
@@ -264,7 +297,7 @@ def _point_overrides(arm: str, middle: float | None, share: float, seed: int) ->
     return [f"seed={seed}", *tuned, "changes=''", name]
 
 
-def equal_flops(overrides: list[str]) -> list[str]:
+def equal_flops(overrides: list[str], own: Path | None = None) -> list[str]:
     """The overrides that give a control its budget, or its horizons: the tokens on which the source pays the
     FLOPs that the target pays on each of its own, rounded up to whole steps.
     """
@@ -272,7 +305,7 @@ def equal_flops(overrides: list[str]) -> list[str]:
     from outgrow.model.geometry import flops_per_token
     from outgrow.train.compose import compose
 
-    settings = compose(overrides)
+    settings = compose(overrides, own)
     path = Path(settings.source or "") / "config.json"
     if not path.is_file():
         raise UserError(
@@ -295,8 +328,11 @@ def equal_flops(overrides: list[str]) -> list[str]:
     return [longest, f"schedule.horizons=[{horizons}]"] if settings.schedule.horizons else [longest]
 
 
-def job_of(arm: str, overrides: list[str]) -> Job:
+def job_of(arm: str, overrides: list[str], own: Path | None = None) -> Job:
     """The run that overrides compose.
+
+    Args:
+        own: a folder of the user's, with further leaves.
 
     Raises:
         UserError: they compose to none.
@@ -304,18 +340,20 @@ def job_of(arm: str, overrides: list[str]) -> Job:
     from outgrow.train.compose import compose
 
     quiet = [*overrides, "progress=false"]
-    settings = compose(quiet)
-    return Job(settings.name, arm, tuple(quiet), settings)
+    settings = compose(quiet, own)
+    return Job(settings.name, arm, tuple(quiet), settings, own)
+
+
+def _judged_faults(study: Study, own: Path | None) -> list[str]:
+    """List the texts to judge on that are no leaf of conf/data, nor of the user's."""
+    texts = leaves("data", own)
+    unknown_texts = [leaf for leaf in study.judged_on if leaf not in texts]
+    return [f"judged_on: unknown data {leaf!r}; {did_you_mean(leaf, texts)}" for leaf in unknown_texts]
 
 
 def _disagreements(study: Study) -> list[str]:
     """List the faults between well-typed values."""
-    leaves = {path.stem for path in (CONF / "data").glob("*.yaml")}
     faults = []
-    for leaf in study.judged_on:
-        if leaf not in leaves:
-            hint = did_you_mean(leaf, leaves)
-            faults.append(f"judged_on: unknown data {leaf!r}; {hint}")
     for key in ("demo", "full"):
         extent: Extent = getattr(study, key)
         names = [name for name in extent.arms if name in study.arms]

@@ -7,8 +7,12 @@ import signal
 import sys
 import time
 from threading import Thread
+from typing import TYPE_CHECKING
 
 from outgrow.model.base.errors import UserError, in_one_line
+
+if TYPE_CHECKING:
+    from outgrow.experiments.study_file import Job
 
 
 def initialise(threads: int) -> None:
@@ -36,12 +40,11 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def work(overrides: tuple[str, ...], log: str) -> str:
-    """Train the run that `overrides` compose; return its folder.
+def work(job: Job, log: str) -> str:
+    """Train a run; return its folder.
 
     Everything it prints goes to the file `log`.
     """
-    from outgrow.train.compose import compose
     from outgrow.train.loop import train_horizons
     from outgrow.train.run.signals import Stopped
 
@@ -50,7 +53,7 @@ def work(overrides: tuple[str, ...], log: str) -> str:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        folders = train_horizons(compose(list(overrides)))
+        folders = train_horizons(job.settings)
         return str(folders[-1])
     except UserError:
         raise

@@ -119,6 +119,11 @@ class Tree:
         return names
 
 
+def leaves(group: str, own: Path | None) -> set[str]:
+    """The names of a group's leaves, in conf/ and in a folder of the user's."""
+    return _tree(CONF, own).leaves(group)
+
+
 def _tree(folder: Path, own: Path | None) -> Tree:
     folders = (folder,) if own is None else (folder, own.absolute())
     entries = chain.from_iterable(folder.rglob("*") for folder in folders)

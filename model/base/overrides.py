@@ -64,13 +64,22 @@ def own_folder(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
         if flag not in FOLDER_FLAGS:
             others.append(text)
             continue
-        name = value or next(words, "")
-        folder = Path(name).expanduser().absolute()
-        if not name or not folder.is_dir():
-            raise UserError(
-                f"{flag} {name}: no such folder; give the one that holds your leaves (experiment/, data/, …)"
-            )
+        folder = leaves_folder(flag, value or next(words, ""))
     return folder, others
+
+
+def leaves_folder(flag: str, name: str) -> Path:
+    """The folder of the user's own settings that a flag names.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    folder = Path(name).expanduser().absolute()
+    if not name or not folder.is_dir():
+        raise UserError(
+            f"{flag} {name}: no such folder; give the one that holds your leaves (experiment/, data/, …)"
+        )
+    return folder
 
 
 def paths_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import sys
 import time
 from dataclasses import asdict, replace
@@ -16,12 +17,16 @@ import pytest
 from helpers.runs import record_of
 from outgrow.experiments import products
 from outgrow.experiments import study_file as definition
+from outgrow.experiments.__main__ import main
 from outgrow.experiments.compare import METHOD
 from outgrow.experiments.cost import Curve, cost, mean_curve
 from outgrow.experiments.ends import RECORD, read_ends
+from outgrow.experiments.halving import question
 from outgrow.experiments.horizon_report import markdown
 from outgrow.experiments.horizons import worths
+from outgrow.experiments.judgement import check_held_out
 from outgrow.experiments.progress import Display, position
+from outgrow.experiments.selection import jobs_of
 from outgrow.experiments.study import RunFailed, check_control, complete, run_jobs, run_study
 from outgrow.experiments.study_file import (
     HERE,
@@ -33,6 +38,7 @@ from outgrow.experiments.study_file import (
     load_study,
     source_job,
     source_jobs,
+    takes_source_as_there,
 )
 from outgrow.experiments.table import check_table
 from outgrow.model.base.errors import UserError
@@ -328,6 +334,84 @@ def test_a_wrong_definition_names_every_fault(tmp_path: Path, monkeypatch: pytes
         load_study("tiny_rewarm")
 
 
+DEFINED_WITH_OWN_LEAVES = """
+question: why
+source: []
+runs: [experiment=mine]
+arms: {scratch: {}, plain: {growth: plaster}}
+demo: {arms: [scratch, plain], seeds: [0]}
+full: {arms: [scratch, plain], seeds: [0]}
+judged_on: [letters]
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of leaves of one's own, which the study `mine` of the working folder names."""
+    monkeypatch.chdir(tmp_path)
+    for path, text in (
+        ("experiments/mine/study.yaml", DEFINED_WITH_OWN_LEAVES),
+        ("own/experiment/mine.yaml", "# @package _global_\nstudy: mine\nsource: x\ntarget: tiny_target\n"),
+        ("own/growth/plaster.yaml", "name: plaster\noperator: tile\ndepth: stack\nnoise: 0.0\n"),
+        ("own/data/letters.yaml", "defaults: [base/all@_here_]\nname: letters\ncorpus: files\npath: texts\n"),
+    ):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(text)
+    return tmp_path / "own"
+
+
+def test_a_study_may_name_leaves_of_ones_own(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = load_study("mine", own)
+    todo = jobs(study, study.demo)
+    assert [job.name for job in todo] == ["mine-scratch-s0", "mine-plain-s0"]
+    assert todo[1].settings.growth.operator == "tile"
+    assert pickle.loads(pickle.dumps(todo)) == todo  # as it goes to another process
+    assert equal_flops_told(study) == "source=x: no config.json there, and the control arm's budget needs it"
+    check_held_out(["letters"], todo)
+    asked = question("mine", ["plaster", "scratch", "lag_tokens=300_000"], own)
+    (run,) = jobs_of(asked, asked.candidates[0], [300_000])
+    assert run.settings.growth.operator == "tile"
+    # what only tells of the study needs no such folder
+    assert not takes_source_as_there("mine")
+    assert main(["study"]) == 0
+    assert "mine: why" in capsys.readouterr().out
+
+
+def equal_flops_told(study: Study) -> str:
+    """How the arm `source` of a study is refused whose source is not there."""
+    control = replace(study, arms={"source": Arm()})
+    with pytest.raises(UserError) as caught:
+        jobs(control, replace(study.demo, arms=("source",)))
+    return str(caught.value).partition("arms source: ")[2].partition(";")[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("study mine", "experiments/mine/study.yaml: judged_on: unknown data 'letters'; did you mean "),
+        ("study mine --config-dir none", "--config-dir none: no such folder; give the one that holds your"),
+        ("select mine plaster scratch lag_tokens=9", "experiments/mine/study.yaml: judged_on: unknown data"),
+        (
+            "select mine plastr scratch lag_tokens=9 -cd own",
+            "unknown candidate 'plastr'; did you mean 'plaster'",
+        ),
+    ],
+)
+def test_leaves_of_ones_own_that_are_not_there_are_told(
+    own: Path, given: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(given.split()) == 2
+    assert capsys.readouterr().err.startswith(f"error: {told}")
+
+
+@pytest.mark.parametrize("key", ["name", "own"])
+def test_a_definition_does_not_say_what_the_command_says(own: Path, key: str) -> None:
+    path = Path("experiments/mine/study.yaml")
+    path.write_text(f"{path.read_text()}{key}: other\n")
+    with pytest.raises(UserError, match=f"study.yaml: {key}: unknown key; "):
+        load_study("mine", own)
+
+
 @pytest.mark.slow
 def test_an_arm_may_start_from_a_source_of_its_own_and_an_extent_shorten_all(elsewhere: Path) -> None:
     study = load_study("from_a_trained_source")
@@ -476,14 +560,14 @@ def test_a_complete_study_trains_nothing(
     assert began[-1] == [source.name]
 
 
-def obey(overrides: tuple[str, ...], log: str) -> str:
+def obey(job: Job, log: str) -> str:
     """Stands in for a training run, in a process of the pool: fails where it is told to."""
     import torch
 
     print("words of the run", file=sys.stderr)
-    if "seed=13" in overrides:
+    if "seed=13" in job.overrides:
         raise UserError("source: missing")
-    Path(log).with_suffix(".done").write_text(f"{overrides} {torch.get_num_threads()}")
+    Path(log).with_suffix(".done").write_text(f"{job.overrides} {torch.get_num_threads()}")
     return log
 
 
@@ -529,7 +613,7 @@ def study_of_sleepers(folder: str, at_once: int) -> None:
         sys.exit(130)
 
 
-def sleeper(overrides: tuple[str, ...], log: str) -> str:
+def sleeper(job: Job, log: str) -> str:
     import os
     import signal
 
