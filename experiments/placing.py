@@ -12,6 +12,7 @@ from pathlib import Path
 from outgrow.experiments.study_file import studies
 from outgrow.model.base.files import telling_disk_faults, write_json
 from outgrow.model.base.locks import Lock
+from outgrow.train.run.beside import check_beside
 
 RECORD = "made_of.json"  # the inputs of a result that was made by hand
 
@@ -34,9 +35,10 @@ def placed(
         flag: how the user names a folder.
 
     Raises:
-        UserError: the folder cannot be made or read.
+        UserError: the folder cannot be made or read, or is a run's, a checkpoint's or a prepared text's.
     """
     if named is not None:
+        check_beside(named, flag)
         with _held(named):
             yield named
             (named / RECORD).unlink(missing_ok=True)  # it is the user's: nothing goes there unasked

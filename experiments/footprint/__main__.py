@@ -29,12 +29,16 @@ def _cost(folders: Sequence[str], overrides: Sequence[str], own: Path | None) ->
     from outgrow.experiments.placing import placed
     from outgrow.experiments.publish import Writer, write_together
     from outgrow.model.base.files import write_json, write_text
+    from outgrow.train.run.beside import check_beside
 
     settings = settings_from(overrides, own)
     if not folders:
         raise UserError(
             "cost: give runs or checkpoints, such as outgrow cost runs/phi_1b-lossless-s0 devices=[H100]"
         )
+    named = None if settings.out is None else Path(settings.out)
+    if named is not None:  # before what takes minutes
+        check_beside(named, "out=DIR")
     rows = footprints(folders, settings)
     text = markdown(rows, settings)
     writers: dict[str, Writer] = {
@@ -42,7 +46,6 @@ def _cost(folders: Sequence[str], overrides: Sequence[str], own: Path | None) ->
         "cost.csv": lambda path: write_text(path, as_csv(rows)),
         "cost.json": lambda path: write_json(path, as_json(rows, settings)),
     }
-    named = None if settings.out is None else Path(settings.out)
     with placed(named, Path("runs/cost"), folders, "out=DIR") as out:
         write_together(out, writers)
     print(text)

@@ -38,6 +38,7 @@ def _evaluate(runs: Sequence[str], overrides: Sequence[str], own: Path | None) -
     from outgrow.experiments.suite.figure import draw
     from outgrow.experiments.suite.table import as_json, markdown
     from outgrow.model.base.files import write_json, write_text
+    from outgrow.train.run.beside import check_beside
 
     settings = settings_from(overrides, own)
     if not runs:
@@ -47,8 +48,9 @@ def _evaluate(runs: Sequence[str], overrides: Sequence[str], own: Path | None) -
     suite = settings.suite
     named = None if settings.out is None else Path(settings.out)
     names = [f"{suite.name}{ending}" for ending in (".md", ".json", ".png")]
-    if named is not None:
-        check_free(named, names)  # before what takes hours
+    if named is not None:  # before what takes hours
+        check_beside(named, "out=DIR")
+        check_free(named, names)
     evaluated = evaluate(runs, settings)
     text = markdown(suite, evaluated)
     writers: list[Writer] = [

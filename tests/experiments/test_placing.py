@@ -6,6 +6,8 @@ import errno
 import os
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ from outgrow.experiments.study_file import results_folder
 from outgrow.experiments.suite.__main__ import main as evaluate
 from outgrow.experiments.suite.evaluate import Evaluated, EvaluateSettings
 from outgrow.model.base import locks
+from outgrow.train.corpus.__main__ import main as inspect
+from outgrow.train.run.beside import check_beside
 
 
 @pytest.fixture(autouse=True)
@@ -181,6 +185,53 @@ def test_a_folder_that_cannot_be_made_is_told(capsys: pytest.CaptureFixture[str]
     for out in ("file", "file/below"):
         assert main(["compare", *runs_of(f"mine{len(out)}", 0), "--out", out]) == 2
         assert f"error: {out}: could not be written (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["compare", "horizons", "frontier", "family", "predict --horizons 9"])
+def test_no_result_is_written_among_a_runs_files(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run, *others = runs_of("mine", 0)
+    before = sorted(Path(run).rglob("*"))
+    door, *more = command.split()
+    for out, told in (
+        (
+            run,
+            f"error: {run}: is a run's folder, and nothing is written among its files; name a folder beside",
+        ),
+        (
+            f"{run}/tables",
+            f"error: {run}/tables: lies in {Path(run).absolute()}, a run's folder, and nothing",
+        ),
+    ):
+        assert main([door, run, *others, *more, "--out", out]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(told)
+        assert said.endswith("(--out DIR)\n")
+    assert sorted(Path(run).rglob("*")) == before
+
+
+WHOLE = {
+    "a run's folder": ("run.json",),
+    "a checkpoint": ("config.json", "model-00001-of-00001.safetensors"),
+    "a prepared text": ("manifest.json", "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_what_was_measured_is_not_written_into_what_it_was_measured_on(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("theirs").mkdir()
+    *some, last = WHOLE[kind]
+    for name in some:
+        Path("theirs", name).touch()
+    check_beside(Path("theirs"), "out=DIR")  # one of the names alone is anyone's
+    Path("theirs", last).touch()
+    named = ["theirs", "out=theirs"]
+    doors: dict[Callable[[list[str]], object], list[str]] = {evaluate: named, cost: named}
+    for door, given in {**doors, inspect: ["inspect", "folders=[theirs]", "out=theirs"]}.items():
+        with suppress(SystemExit):
+            assert door(given) == 2
+        assert capsys.readouterr().err.startswith(f"error: theirs: is {kind}, and nothing is written among")
 
 
 @pytest.mark.parametrize("name", ["table.md", "report.html"])

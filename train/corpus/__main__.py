@@ -182,8 +182,12 @@ def inspect(overrides: Sequence[str], own: Path | None) -> None:
     from outgrow.train.corpus.picture import draw
     from outgrow.train.corpus.progress import bar
     from outgrow.train.data.shards import check_data
+    from outgrow.train.run.beside import check_beside
 
     settings = settings_from(InspectSettings, "inspect", overrides, own)
+    out = None if settings.out is None else Path(settings.out)
+    if out is not None:
+        check_beside(out, "out=DIR")
     sources = []
     for folder in map(Path, settings.folders):
         if settings.check:
@@ -195,9 +199,9 @@ def inspect(overrides: Sequence[str], own: Path | None) -> None:
             )
         )
     text = module.report(sources)
-    if settings.out is not None:
-        write_text(Path(settings.out) / "inspection.md", text)
-        draw(sources, Path(settings.out) / "inspection.png")
+    if out is not None:
+        write_text(out / "inspection.md", text)
+        draw(sources, out / "inspection.png")
     print(text)
 
 
