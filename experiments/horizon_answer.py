@@ -13,6 +13,7 @@ LEAST_SAVED = 1e-6  # of a token's FLOPs, by growing on the way: sums of one mod
 NONE_GREW = "No arm grew, so nothing can be said of a speed-up."
 THERE = "where the source is there already"
 PAYS = "growth pays"
+UNTOLD = "the seeds do not tell whether growth pays"
 
 
 def answer(rows: Sequence[Worth], *, source_paid: bool = True) -> str:
@@ -108,16 +109,18 @@ def _relation(speedup: Speedup) -> str:
 
 def _verdict(row: Worth, source_paid: bool) -> str:
     """The verdict on growth, which too few seeds call undecided; an interval that holds break-even gives
-    none, nor does a bound on its other side.
+    none, nor does a bound on its other side. A bound is the mean's alone, so the seeds decide there too.
     """
     doubt = undecided(len(row.point.ends))
     clause = f" ({doubt})" if doubt else ""
     speedup = row.speedup(source_paid=source_paid)
     if speedup.value is None:
         assert speedup.bound is not None
+        if source_paid and _difference_holds_zero(row):
+            return UNTOLD
         return _verdict_of_bound(speedup.bound, clause)
     if _holds_break_even(row, speedup, source_paid):
-        return "the seeds do not tell whether growth pays"
+        return UNTOLD
     return f"{PAYS}{clause}" if speedup.value > 1.0 else f"growth does not pay{clause}"
 
 
@@ -133,6 +136,13 @@ def _holds_break_even(row: Worth, speedup: Speedup, source_paid: bool) -> bool:
         return len(row.seeds) > 1
     if row.difference is None or row.difference_interval is None:
         return not undecided(len(row.seeds))  # of fewer, the sentence itself says so
+    return _difference_holds_zero(row)
+
+
+def _difference_holds_zero(row: Worth) -> bool:
+    """Check whether the seeds leave open which is lower at equal FLOPs; no where they have no interval."""
+    if row.difference is None or row.difference_interval is None:
+        return False
     return abs(row.difference) <= row.difference_interval
 
 

@@ -357,6 +357,27 @@ def test_seeds_without_a_speed_up_are_judged_by_their_difference_at_equal_flops(
     assert "the seeds do not tell whether growth pays: grown is worth S = 1.29 against" in answer(rows)
 
 
+def test_a_bound_of_the_mean_is_no_verdict_where_its_seeds_lie_on_both_sides() -> None:
+    ends = [CONTROL]
+    for seed, loss in enumerate((2.4, 1.9, 2.0)):  # in the mean below scratch's last end
+        for flops, own in ((1e12, 3.0), (4e12, 2.5), (16e12, 2.2)):
+            ends.append(end("scratch", flops, own, seed=seed, name=f"s{seed}"))
+        ends.append(end("grown", 15e12, loss, seed=seed, name=f"g{seed}"))
+    rows = worths(ends)
+    grown = next(row for row in rows if row.point.arm == "grown")
+    assert grown.speedup(source_paid=True).value is None
+    assert grown.difference == pytest.approx(2.1 - 2.22, abs=0.01)
+    assert grown.difference_interval == pytest.approx(0.66, abs=0.01)
+    assert "the seeds do not tell whether growth pays: grown is worth S > 1.07 against" in answer(rows)
+    alike = [
+        replaced
+        if replaced.arm != "grown"
+        else dataclasses.replace(replaced, val_loss=2.0 + 0.01 * replaced.seed)
+        for replaced in ends
+    ]
+    assert "growth pays: grown is worth S > 1.07 against" in answer(worths(alike))
+
+
 def test_an_arm_below_scratch_s_last_end_is_not_passed_over_for_a_worse_one_in_range() -> None:
     better, worse = end("better", 20e12, 2.0), end("worse", 20e12, 2.4)
     assert "better is worth S > 0.80" in answer(worths([CONTROL, *SCRATCH_ENDS, better, worse]))
