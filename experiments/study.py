@@ -89,7 +89,7 @@ def run_study(
     logs = Path("runs") / f"logs-{name}"
     at_once = processes(jobs_at_once)
     display = Display()
-    sources = ready_sources(study, at_once, logs, display)
+    sources = ready_sources(study, at_once, logs, display, extent.arms)
     todo = jobs(study, extent)
     check_control(study, todo)
     texts = judged_texts(study, sources, todo, display) if study.judged_on else {}
@@ -128,9 +128,13 @@ def page_of(out: Path) -> Path | None:
     return readme
 
 
-def ready_sources(study: Study, at_once: int, logs: Path, display: Display) -> list[Job]:
-    """The runs of a study's sources, each trained if it is not complete; none where the study trains none."""
-    sources = source_jobs(study)
+def ready_sources(
+    study: Study, at_once: int, logs: Path, display: Display, arms: Sequence[str] | None = None
+) -> list[Job]:
+    """The runs of the sources of a study's `arms`, of all of them by default, each trained if it is not
+    complete; none where the study trains none.
+    """
+    sources = source_jobs(study, arms)
     for source in sources:  # one after another: one may have grown from the one before
         if not complete(source, *sources):
             prepare_text([source], display)

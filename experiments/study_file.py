@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -218,14 +218,36 @@ def source_job(study: Study) -> Job | None:
     return job_of(SOURCE, list(study.source), study.own)
 
 
-def source_jobs(study: Study) -> list[Job]:
-    """The runs that train the study's source and its `sources`, in the order in which they are trained."""
+def source_jobs(study: Study, arms: Iterable[str] | None = None) -> list[Job]:
+    """The runs that train the study's source and its `sources`, in the order in which they are trained.
+
+    Args:
+        arms: some of its arms; of the `sources` only those that these start from, and what those start from.
+    """
     own = source_job(study)
     runs = [] if own is None else [own]
+    needed = study.sources if arms is None else _sources_of(study, arms)
     for name, overrides in study.sources.items():
-        own_name = f"name={_source_run(study, name)}"
-        runs.append(job_of(SOURCE, [*overrides, "changes=''", own_name], study.own))
+        if name in needed:
+            own_name = f"name={_source_run(study, name)}"
+            runs.append(job_of(SOURCE, [*overrides, "changes=''", own_name], study.own))
     return runs
+
+
+def _sources_of(study: Study, arms: Iterable[str]) -> set[str]:
+    """The names of the `sources` that some arms start from, at once or by way of another source."""
+    own = {study.arms[arm].source for arm in arms}
+    needed = {name for name in study.sources if name in own}
+    for name, overrides in reversed(study.sources.items()):  # a source comes after the one that it grew from
+        if name in needed:
+            starts = set(overrides)
+            needed |= {other for other in study.sources if f"source={_source_folder(study, other)}" in starts}
+    return needed
+
+
+def _source_folder(study: Study, source: str) -> str:
+    """Where the checkpoint of one of the study's `sources` is."""
+    return f"runs/{_source_run(study, source)}/final"
 
 
 def _source_run(study: Study, source: str) -> str:
@@ -272,7 +294,7 @@ def _arm_overrides(study: Study, name: str, extent: Extent) -> list[str]:
     names = [f"growth={growth}", f"growth.name={study.counts_as(name)}"]
     start = start_of(study)
     if arm.source is not None:
-        start = [f"source=runs/{_source_run(study, arm.source)}/final"]
+        start = [f"source={_source_folder(study, arm.source)}"]
     last = extent.arm_overrides.get(name, ())
     overrides = [*study.runs, *extent.overrides, *start, *names, *arm.overrides, *last]
     if growth in CONTROLS:

@@ -413,6 +413,18 @@ def test_a_definition_does_not_say_what_the_command_says(own: Path, key: str) ->
 
 
 @pytest.mark.slow
+def test_only_the_sources_of_the_arms_that_run_are_trained() -> None:
+    study = load_study("when_growth_pays")
+    assert source_jobs(study, study.demo.arms) == []
+    assert [job.name for job in source_jobs(study, ["null_control"])] == ["when_growth_pays-source-narrow"]
+    family = load_study("family")
+    by_way = ["family-source-small", "family-source-middle"]  # the second has grown from the first
+    assert [job.name for job in source_jobs(family, ["large"])] == by_way
+    assert [job.name for job in source_jobs(family, ["middle"])] == by_way[:1]
+    assert [job.name for job in source_jobs(family, ["scratch"])] == []
+
+
+@pytest.mark.slow
 def test_an_arm_may_start_from_a_source_of_its_own_and_an_extent_shorten_all(elsewhere: Path) -> None:
     study = load_study("from_a_trained_source")
     sources = {job.name: job.settings for job in source_jobs(study)}
