@@ -244,7 +244,7 @@ class _Work:
         """Write one worker's part; the folder too when it is the last."""
         shards = self.shards
         worker.share(shards)  # tells too many workers before anything is made
-        agreed = agreement(self.plan, self.source, shards, worker)
+        agreed = agreement(self.plan, self.source, shards, worker) | self._agreed_state()
         with shared_partial(folders, worker, agreed) as shared:
             write_share(
                 self.plan,
@@ -265,6 +265,12 @@ class _Work:
                 folders.discard()
                 raise
         return self._grown(folders, receipt, learned=learned)
+
+    def _agreed_state(self) -> dict[str, Any]:
+        """What the last worker writes beside the shards: the optimizer's state and how it grows."""
+        if self.state is None:
+            return {}
+        return {"moments": self.rule, "step": self.state.step, "state": self.state.moments.dtypes}
 
     def _grown(self, folders: Place, receipt: Receipt | None, **state: Any) -> Grown:
         notes = self.provenance.notes

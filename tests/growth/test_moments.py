@@ -469,3 +469,15 @@ def test_a_state_that_would_run_code_is_refused(phi_folder: Path, tmp_path: Path
             grow(phi_folder, tmp_path / "out", target={"intermediate_size": 80}, optimizer=path)
     with pytest.raises(UserError, match="grow with optimizer=FILE"):
         load_optimizer(phi_folder, adam(model := load_model(phi_folder)), model)
+
+
+def test_workers_agree_on_how_the_state_grows(phi_folder: Path, tmp_path: Path) -> None:
+    """The last of them writes it: shards of a growth by another rule are cleared, as those of another plan."""
+    model = load_model(phi_folder)
+    path = tmp_path / "optimizer.pt"
+    torch.save(trained(model).state_dict(), path)
+    how: dict[str, Any] = {"target": {"intermediate_size": 80}, "optimizer": path, "max_shard_bytes": 20_000}
+    out = tmp_path / "out"
+    assert not grow(phi_folder, out, worker="0/2", moments="copied", **how).complete
+    assert not grow(phi_folder, out, worker="1/2", moments="own", **how).complete
+    assert grow(phi_folder, out, worker="0/2", moments="own", **how).complete
