@@ -108,12 +108,12 @@ def select(question: Question, jobs_at_once: int | None = None) -> Selection:
     at_once = study.processes(jobs_at_once)
     display = Display()
     logs = Path("runs") / f"logs-select-{question.study.name}"
-    sources = study.ready_sources(question.study, at_once, logs, display)
     left = list(question.candidates)
     course = question.halving.rungs(len(left))
     all_budgets = [tokens for tokens, _ in course]
-    for candidate in left:  # faults are told before the first one trains
+    for candidate in left:  # faults are told before a source or the first candidate trains
         jobs_of(question, candidate, all_budgets)
+    sources = study.ready_sources(question.study, at_once, logs, display)
     rungs: list[Rung] = []
     for tokens, keep_count in course:
         # Train every candidate that is left up to this rung's tokens.

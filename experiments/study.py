@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from outgrow.experiments.progress import Display
 from outgrow.experiments.runs import SCRATCH
-from outgrow.experiments.study_file import Job, Study, jobs, load_study, results_folder, source_jobs
+from outgrow.experiments.study_file import (
+    Job,
+    Study,
+    check_arms,
+    jobs,
+    load_study,
+    results_folder,
+    source_jobs,
+)
 from outgrow.experiments.worker import initialise, work
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.machine import cores
@@ -89,6 +97,7 @@ def run_study(
     logs = Path("runs") / f"logs-{name}"
     at_once = processes(jobs_at_once)
     display = Display()
+    check_arms(study, extent)
     sources = ready_sources(study, at_once, logs, display, extent.arms)
     todo = jobs(study, extent)
     check_control(study, todo)

@@ -265,17 +265,7 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
     Raises:
         UserError: what the arms say composes to no run; every such arm is named.
     """
-    shared: dict[str, list[str]] = {}
-    faults: dict[str, list[str]] = defaultdict(list)  # what is wrong → the arms of which that is true
-    for name in extent.arms:
-        try:
-            shared[name] = _arm_overrides(study, name, extent)
-            job_of(name, shared[name], study.own)
-        except UserError as fault:
-            faults[str(fault)].append(name)
-    path = folder_of(study.name) / DEFINITION
-    arms = {fault: ", ".join(names) for fault, names in faults.items()}
-    UserError.collect(f"{path}, arms {names}: {fault}" for fault, names in arms.items())
+    shared = _compose_arms(study, extent)
     tuning = extent.seeds if extent.tuning_seeds is None else extent.tuning_seeds
     points = itertools.product(extent.seeds, extent.arms, extent.learning_rate_factors)
     runs = []
@@ -287,8 +277,35 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
     return runs
 
 
-def _arm_overrides(study: Study, name: str, extent: Extent) -> list[str]:
-    """The overrides that all runs of an arm share in an extent."""
+def check_arms(study: Study, extent: Extent) -> None:
+    """Compose every arm of an extent once, before a source is trained for it.
+
+    Raises:
+        UserError: as `jobs` does, but for what a control takes from the source.
+    """
+    _compose_arms(study, extent, sources_ready=False)
+
+
+def _compose_arms(study: Study, extent: Extent, *, sources_ready: bool = True) -> dict[str, list[str]]:
+    """Arm → the overrides that all its runs share; every arm that composes to no run is named at once."""
+    shared: dict[str, list[str]] = {}
+    faults: dict[str, list[str]] = defaultdict(list)  # what is wrong → the arms of which that is true
+    for name in extent.arms:
+        try:
+            shared[name] = _arm_overrides(study, name, extent, sources_ready)
+            job_of(name, shared[name], study.own)
+        except UserError as fault:
+            faults[str(fault)].append(name)
+    path = folder_of(study.name) / DEFINITION
+    arms = {fault: ", ".join(names) for fault, names in faults.items()}
+    UserError.collect(f"{path}, arms {names}: {fault}" for fault, names in arms.items())
+    return shared
+
+
+def _arm_overrides(study: Study, name: str, extent: Extent, sources_ready: bool) -> list[str]:
+    """The overrides that all runs of an arm share in an extent; a control's budget only once its source is
+    there.
+    """
     arm = study.arms[name]
     growth = arm.growth or name
     names = [f"growth={growth}", f"growth.name={study.counts_as(name)}"]
@@ -297,7 +314,7 @@ def _arm_overrides(study: Study, name: str, extent: Extent) -> list[str]:
         start = [f"source={_source_folder(study, arm.source)}"]
     last = extent.arm_overrides.get(name, ())
     overrides = [*study.runs, *extent.overrides, *start, *names, *arm.overrides, *last]
-    if growth in CONTROLS:
+    if growth in CONTROLS and sources_ready:
         overrides += equal_flops(overrides, study.own)
     return overrides
 

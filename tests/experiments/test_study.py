@@ -33,6 +33,7 @@ from outgrow.experiments.study_file import (
     Arm,
     Job,
     Study,
+    check_arms,
     equal_flops,
     jobs,
     load_study,
@@ -486,6 +487,27 @@ def test_a_study_of_horizons_without_its_control_is_refused_before_it_trains() -
 
 
 @pytest.mark.slow
+def test_arms_are_composed_before_a_source_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source may take an hour; a control's budget alone waits for it."""
+    monkeypatch.chdir(tmp_path)
+    study = load_study("from_a_trained_source")
+    check_arms(study, study.demo)
+    with pytest.raises(UserError, match=r"arms source, null_control.*: no config.json there"):
+        jobs(study, study.demo)
+    wrong = replace(
+        study,
+        arms=study.arms | {"grown": Arm(growth="losless", learning_rate=1e-3)},
+        demo=replace(study.demo, arms=("scratch", "grown")),
+    )
+    monkeypatch.setattr("outgrow.experiments.study.load_study", lambda *_: wrong)
+    with pytest.raises(UserError, match="growth=losless: unknown growth; did you mean 'lossless'"):
+        run_study("from_a_trained_source")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_an_arm_that_composes_to_no_run_is_named_with_all_its_faults(elsewhere: Path) -> None:
     study = load_study("tiny_rewarm")
     wrong = {
@@ -496,8 +518,12 @@ def test_an_arm_that_composes_to_no_run_is_named_with_all_its_faults(elsewhere: 
         "again": Arm(growth="losless", learning_rate=2e-3),
     }
     study = replace(study, arms=study.arms | wrong)
+    demo = replace(study.demo, arms=("scratch", *wrong))
     with pytest.raises(UserError) as caught:
-        jobs(study, replace(study.demo, arms=("scratch", *wrong)))
+        jobs(study, demo)
+    with pytest.raises(UserError) as early:
+        check_arms(study, demo)
+    assert str(early.value) == str(caught.value)
     for words in (
         "study.yaml, arms taught: 2 faults",
         "transfer=distiled: unknown transfer; did you mean 'distilled'",
