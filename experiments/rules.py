@@ -93,7 +93,7 @@ def _kinds(ends: Iterable[End]) -> str | None:
     silent = [end for end in sourceless if end.parameters == largest and end.arm != SCRATCH]
     of_growth = [end for end in ends if end.growth is not None]
     inside = bool(silent or of_growth)
-    inherits = any(end.source_flops > 0 for end in ends)
+    inherits = any(end.source_flops > 0 and end.parameters == largest for end in ends)  # no control does
     if inside and inherits:
         return None
     kinds = {"grows inside its run": inside, "starts from a trained source": inherits}

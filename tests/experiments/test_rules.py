@@ -28,7 +28,7 @@ def kept() -> list[End]:
         "scratch": {},
         "grown": {"source_flops": 1e11},
         "inside": {"growth": growth},
-        "null_control": {"source_flops": 1e11},
+        "null_control": {"source_flops": 1e11, "parameters": 500},
         **{f"flat{size}": {"parameters": size} for size in (125, 250, 500, 750)},
     }
     rates = {1e-2: 3.1, 2e-2: 3.0, 4e-2: 3.1}
@@ -139,7 +139,7 @@ def test_what_a_record_tells_of_starts_is_not_named_as_missing(
         ),
         ([end for end in kept() if end.arm != "inside"], "Rule 2, arms: none grows inside its run."),
         (
-            [end for end in kept() if end.source_flops == 0],
+            [end for end in kept() if end.source_flops == 0 or end.arm == "null_control"],  # a control
             "Rule 2, arms: none starts from a trained source.",
         ),
         (changed("grown", seed=1), "Rule 5, seeds: fewer than 3 of grown; no headline"),
