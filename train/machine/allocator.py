@@ -15,19 +15,20 @@ M_MMAP_THRESHOLD = -3
 
 MIB = 2**20
 KEPT = {
-    M_MMAP_THRESHOLD: 32
-    * MIB,  # above this a tensor goes back to the system at once: glibc's own upper limit
-    M_TRIM_THRESHOLD: 1024 * MIB,  # so much free memory stays with the process
-    M_TOP_PAD: 64 * MIB,  # asked for at a time
+    # a larger tensor goes back to the system at once: glibc's own upper limit
+    M_MMAP_THRESHOLD: 32 * MIB,
+    # so much free memory stays with the process
+    M_TRIM_THRESHOLD: 1024 * MIB,
+    # asked for at a time
+    M_TOP_PAD: 64 * MIB,
 }
 
 
-def keep_freed_memory() -> bool:
-    """Let the process keep up to 1 GiB of freed memory until it ends, and return whether the C library can.
-
-    Only glibc has these settings; no value that is computed depends on them.
+def keep_freed_memory() -> None:
+    """Let the process keep up to 1 GiB of freed memory until it ends, where the C library is glibc, which
+    alone has these settings; no value that is computed depends on them.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return all([mallopt(parameter, value) == 1 for parameter, value in KEPT.items()])
+    if mallopt is not None:
+        for parameter, value in KEPT.items():
+            mallopt(parameter, value)
