@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from outgrow.experiments.figure import GRID, INK
-from outgrow.experiments.horizon_answer import headline, is_control, is_grown
+from outgrow.experiments.horizon_answer import headline, is_control, is_grown, speedup_text
 from outgrow.experiments.horizon_reading import Line, Reading, by_line, line_of, lines_that_answer
 from outgrow.experiments.horizons import Speedup, Worth
 from outgrow.experiments.labels import Label, write_names
@@ -134,22 +134,21 @@ def _plot_losses(axes: Axes, reading: Reading, rows: Sequence[Worth], style: Sty
     # what is cheaper than scratch lies left of its line: the name does too, and leaves the line free
     last = rows[-1]
     side = "left" if last.point.arm == SCRATCH else "right"
-    title = _title(reading.speedup(last), name)
-    return Label(costs[-1], losses[-1], title, style["color"], side)
+    return Label(costs[-1], losses[-1], name, style["color"], side)
 
 
 def _plot_speedups(
     axes: Axes, reading: Reading, rows: Sequence[Worth], style: Style, name: str
 ) -> list[Label]:
-    """Draw the speed-ups of one line against tokens a parameter, as far as they are known; return the name of
-    its last end, and the values of all where it is the headline's.
+    """Draw the speed-ups of one line against tokens a parameter, as far as they are known, or what they are
+    at least; return the name of its last end, and the values of all where it is the headline's.
     """
-    measured = [row for row in rows if reading.speedup(row).value is not None]
+    measured = [row for row in rows if _is_drawn(reading.speedup(row))]
     if not measured:
         return []
     across = list(map(reading.horizon, measured))
     speedups = list(map(reading.speedup, measured))
-    values = [speedup.value or 0.0 for speedup in speedups]
+    values = [speedup.least for speedup in speedups]
     is_grey = style["color"] == GREY
     axes.plot(across, values, **style | ({} if is_grey else {"marker": ""}))
     if not is_grey:
@@ -158,26 +157,34 @@ def _plot_speedups(
     names = [""] * len(measured)
     names[-1] = f"{name} "
     labels = [
-        Label(position, value, f"{title}{value:.2f}", style["color"])
-        for position, value, title in zip(across, values, names, strict=True)
+        Label(position, speedup.least, f"{title}{speedup_text(speedup.value, speedup.bound)}", style["color"])
+        for position, speedup, title in zip(across, speedups, names, strict=True)
     ]
     is_headline = reading.best in rows
     return labels if is_headline else labels[-1:]
 
 
 def _plot_value(axes: Axes, position: float, speedup: Speedup, style: Style) -> None:
-    """Draw one speed-up: filled and with a bar where it has an interval, else open."""
+    """Draw one speed-up: filled and with a bar where it has an interval, else open, and as a triangle where
+    it is known to be above.
+    """
     is_open = speedup.half is None
     colour = style["color"]
+    marker = {"marker": "^"} if speedup.value is None else {}
     axes.errorbar(
         [position],
-        [speedup.value or 0.0],
+        [speedup.least],
         yerr=None if is_open else [speedup.half or 0.0],
         capsize=3,
         markerfacecolor="white" if is_open else colour,
         markeredgecolor=colour if is_open else "white",
-        **style | {"linestyle": "-"},
+        **style | {"linestyle": "-"} | marker,
     )
+
+
+def _is_drawn(speedup: Speedup) -> bool:
+    """Check for a value or a lower bound; an upper one says too little to be drawn."""
+    return speedup.value is not None or speedup.least > 0
 
 
 def _mark_scratch(axes: Axes) -> None:
@@ -257,6 +264,14 @@ def _legend(figure: Figure, reading: Reading, lines: dict[Line, list[Worth]], ou
             "marker": "s",
             "markerfacecolor": "white",
         }
+    drawn = [reading.speedup(row) for ends in coloured for row in ends]
+    if any(speedup.value is None and _is_drawn(speedup) for speedup in drawn):
+        keys["at least (its loss lies below scratch's curve)"] = {
+            "color": INK,
+            "linestyle": "",
+            "marker": "^",
+            "markerfacecolor": "white",
+        }
     grey = len(lines) - len(outstanding)
     if grey:
         others = "1 other line" if grey == 1 else f"{grey} other lines"
@@ -295,13 +310,6 @@ def _controls(row: Worth, line: Line, reading: Reading) -> bool:
     return line_of(row) == line and is_control(row, reading.rows)
 
 
-def _title(speedup: Speedup, name: str) -> str:
-    """A line's name, and what its end is worth at least, where that is all the other panel could show."""
-    if speedup.value is not None or not speedup.least:
-        return name
-    return f"{name}, S {speedup.bound}"
-
-
 # the numbers of ticks, where each stands, and how many ends of grown arms or scratch stand there
 Places = dict[str, tuple[float, int]]
 
@@ -313,7 +321,7 @@ def _places(reading: Reading) -> tuple[Places, Places]:
     for row in reading.rows:
         if row.point.arm == SCRATCH:
             _add(costs, reading.teraflop(row), 2, 1)
-        elif reading.speedup(row).value is not None:
+        elif _is_drawn(reading.speedup(row)):
             _add(tokens, reading.horizon(row), 0, int(is_grown(row, reading.rows)))
     return costs, tokens
 

@@ -400,7 +400,8 @@ def test_the_picture_names_each_arm_at_its_end(tmp_path: Path) -> None:
     assert {text.get_text() for text in losses.texts} == {"grown", "scratch", "small, the control"}
     assert {text.get_text() for text in speedups.texts} == {"grown 2.00", "scratch"}
     beyond = build(worths([CONTROL, *SCRATCH_ENDS, end("grown", 20e12, 2.0)]))
-    assert "grown, S > 0.80" in {text.get_text() for text in beyond.axes[0].texts}
+    assert "grown > 0.80" in {text.get_text() for text in beyond.axes[1].texts}
+    assert "^" in {line.get_marker() for line in beyond.axes[1].lines}  # at least so much
     near = [end(name, 2e12, loss) for name, loss in (("one", 2.5), ("other", 2.501))]
     drawn = build(worths([CONTROL, *SCRATCH_ENDS, *near]))
     drawn.draw_without_rendering()
