@@ -175,15 +175,17 @@ def check_alike(ends: Sequence[End]) -> None:
 
 
 def text_faults(ends: Sequence[End]) -> list[str]:
-    """List how the texts of the ends differ."""
+    """List how the texts of the ends differ, and an end that read each."""
     faults = []
     for key in ("data", "eval_tokens"):
-        values = {str(getattr(end, key)) for end in ends}
-        count = len(values)
+        names: dict[str, str] = {}
+        for end in ends:
+            names.setdefault(str(getattr(end, key)), end.name)
+        count = len(names)
         if count > 1:
-            short = [value[:12] for value in sorted(values)]
-            beginnings = ", ".join(short)
-            faults.append(f"{key}: {count} different ones ({beginnings}); compare runs on one text only")
+            examples = [f"{value[:12]} of {names[value]}" for value in sorted(names)]
+            listed = ", ".join(examples)
+            faults.append(f"{key}: {count} different ones ({listed}); compare runs on one text only")
     return faults
 
 

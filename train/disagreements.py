@@ -272,7 +272,7 @@ def _growth_within_horizons(growth: GrowthSettings, stable: float) -> Iterator[s
         if tokens > stable:
             yield (
                 f"growth.stages: growth after {tokens} tokens is inside the decay of the shortest horizon, "
-                f"from {stable:.0f}"
+                f"from {stable:.0f}; let it grow earlier, or leave that horizon out"
             )
 
 

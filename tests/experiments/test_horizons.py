@@ -134,7 +134,10 @@ def test_the_baseline_is_the_best_that_scratch_can_have() -> None:
     [
         ([end("grown", 1e12, 2.0)], "no scratch arm"),
         ([SCRATCH_ENDS[0]], "1 horizons with falling losses; a curve needs two or more"),
-        ([*SCRATCH_ENDS, end("grown", 1e12, 2.0, data="other")], "data: 2 different ones"),
+        (
+            [*SCRATCH_ENDS, end("grown", 1e12, 2.0, data="other")],
+            r"data: 2 different ones \(other of x, text of x\)",
+        ),
         ([*SCRATCH_ENDS, end("grown", 1e12, 2.0, eval_tokens=1)], "eval_tokens: 2 different ones"),
         (
             [*SCRATCH_ENDS, CONTROL, end("grown", 1e12, 2.5, batch_tokens=1024)],

@@ -234,7 +234,7 @@ def test_decay_is_linear_or_one_minus_root(shape: str, expected: float) -> None:
                 "schedule.warmup_tokens=128",
                 "growth.stages=[{until_tokens:700},{until:1.0}]",
             ],
-            "growth after 700 tokens is inside the decay of the shortest horizon, from 576",
+            "growth after 700 tokens is inside the decay of the shortest horizon, from 576; let it grow earlier",
         ),
         (
             ["growth=g_stack", "growth.stages=[{layers:0.5},{until:1.0}]"],
