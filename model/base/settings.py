@@ -69,7 +69,6 @@ def read(cls: type[T], values: Any, path: str, faults: list[str]) -> T | None:
     fitting: dict[str, Any] = {}
     if rest is not None:
         fitting[rest] = {key: by_name[key] for key in further}
-    missing = False
     for name, field in fields.items():
         if name == rest:
             continue
@@ -78,13 +77,11 @@ def read(cls: type[T], values: Any, path: str, faults: list[str]) -> T | None:
         if value != MISSING:
             fitting[name] = _read_value(hints[name], value, dotted, faults)
         elif _is_required(field):
-            missing = True
-            # Unless it is reported already why it is not there.
+            # a reason that is reported already is said again: what holds the key cannot be read
             prefix = f"{dotted}:"
-            reported = [fault for fault in faults if fault.startswith(prefix)]
-            if not reported:
-                faults.append(f"{dotted}: missing")
-    if missing or len(faults) > before:
+            reported = (fault for fault in faults if fault.startswith(prefix))
+            faults.append(next(reported, f"{dotted}: missing"))
+    if len(faults) > before:
         return None
     return cls(**fitting)
 

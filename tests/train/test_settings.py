@@ -17,6 +17,7 @@ import pytest
 from outgrow.model.base.compose import CONF, compose_config, load_yaml, sweep_points
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.overrides import own_folder
+from outgrow.model.base.settings import settings_of
 from outgrow.train.__main__ import flags_first
 from outgrow.train.compose import compose
 from outgrow.train.settings import Budget, identity, settings_hash
@@ -96,6 +97,28 @@ def test_all_faults_are_told_at_once() -> None:
     message = fault("train.bugdet_tokens=5", "sed=1", "optimizer.learning_rate=fast", "growth=scrach")
     assert message.startswith("4 faults:")
     assert all(word in message for word in ("bugdet_tokens", "sed", "optimizer.learning_rate", "scrach"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner
+
+
+def test_what_lacks_a_value_is_not_built_around_it() -> None:
+    """A key whose fault was known before is missing in what holds it too: told once, and nothing is built."""
+
+    def disagreements(outer: Outer) -> list[str]:
+        return [f"of {outer.inner.size}"]
+
+    known = ["inner.size: must be given"]
+    with pytest.raises(UserError) as caught:
+        settings_of(Outer, {"inner": {}}, known, disagreements)
+    assert str(caught.value) == "inner.size: must be given"
 
 
 def test_values_arrive_typed() -> None:

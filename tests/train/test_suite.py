@@ -83,6 +83,14 @@ def test_an_unknown_suite_or_task_is_told_its_neighbour() -> None:
         load_suite("phi_2").of(["piqaa"])
 
 
+def test_a_fault_of_a_suite_names_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "suite").mkdir()
+    (tmp_path / "suite" / "own.yaml").write_text("name: own\n")
+    monkeypatch.setattr("outgrow.train.suite.suite.CONF", tmp_path)
+    with pytest.raises(UserError, match=r"^suite own\.tasks: missing$"):
+        load_suite("own")
+
+
 def test_a_group_with_a_hole_has_no_average() -> None:
     tasks = [("a", "one"), ("b", "one"), ("c", "two")]
     suite = Suite("s", tuple(BenchmarkTask(task, group, 0, "acc") for task, group in tasks))

@@ -75,7 +75,7 @@ def load_suite(name: str) -> Suite:
     faults: list[str] = []
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected name and tasks")
-    suite = read(Suite, values, f"suite {name}", faults)
+    suite = read(Suite, values, f"suite {name}.", faults)
     UserError.collect(faults)
     assert suite is not None
     return suite
