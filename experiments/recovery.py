@@ -41,7 +41,7 @@ class Recovery:
     spike: float | None  # the mean over the seeds
     gap: float | None
     share: float | None
-    mixing: MixingTime | None  # of the arm, from all its horizons
+    mixing: MixingTime | None  # of the arm, from all its horizons that grew at one moment
 
     @property
     def tokens_after(self) -> int:
@@ -69,7 +69,7 @@ def recoveries(points: Sequence[Point], scratch: str) -> list[Recovery]:
     for point in grown:
         growth = point.ends[0].growth
         assert growth is not None
-        gaps: list[tuple[int, float]] = []  # (tokens after the growth, gap) of all horizons of the arm
+        gaps: list[tuple[int, float]] = []  # (tokens after the growth, gap) of the arm's horizons
         for other in grown:
             gap = _gap(other, of_scratch)
             if _alike(other, point) and gap is not None:
@@ -88,7 +88,9 @@ def _moment(point: Point) -> tuple[str, int]:
 
 
 def _alike(one: Point, other: Point) -> bool:
-    return (one.arm, one.optimizer) == (other.arm, other.optimizer)
+    """Whether two ends of grown runs are of one arm, which grew after as many tokens to both."""
+    moments = {point.ends[0].growth.tokens for point in (one, other) if point.ends[0].growth is not None}
+    return (one.arm, one.optimizer) == (other.arm, other.optimizer) and len(moments) == 1
 
 
 def _gap(point: Point, of_scratch: Mapping[tuple[str, int], Point]) -> float | None:

@@ -242,37 +242,29 @@ def _horizon_disagreements(settings: Settings) -> list[str]:
             "schedule.horizons: budgets of at least a batch, each longer than the one before; found "
             f"{horizons}",
         )
-    has_teacher = settings.transfer.teacher is not None
-    if has_teacher or schedule.rewarm == "new":
-        faults.append(
-            "schedule.horizons: not with a teacher or rewarm=new, whose course depends on the budget"
-        )
-    mixture = settings.mixture
-    phases = () if mixture is None else mixture.phases
-    if any(phase.share is not None for phase in phases):
-        faults.append(
-            "schedule.horizons: a phase of the mixture lasts a share of the run; give its tokens, the same "
-            "for every horizon"
-        )
-    decay = schedule.decay_fraction or 0.0
-    stable = shortest * (1.0 - decay)
-    faults += _growth_within_horizons(settings.growth, stable)
+    stable = 1.0 - (schedule.decay_fraction or 0.0)
+    faults += _growth_within_horizons(settings.growth, stable, shortest)
     return faults
 
 
-def _growth_within_horizons(growth: GrowthSettings, stable: float) -> Iterator[str]:
-    """Yield the faults of growths on the way of a run with horizons, which must come within the tokens that
-    all of them share: `stable` ones, before the shortest decays.
+def _growth_within_horizons(growth: GrowthSettings, stable: float, shortest: int) -> Iterator[str]:
+    """Yield the faults of growths on the way of a run with horizons, which come before the decay of each.
+
+    Args:
+        stable: the share of a horizon before its decay.
+        shortest: the tokens of the shortest horizon.
     """
-    ends = [stage.until_tokens for stage in growth.stages[:-1]]
-    if None in ends:
-        yield "growth.stages: with horizons a stage ends after until_tokens=N, the same for every horizon"
-    for end in ends:
-        tokens = end or 0
-        if tokens > stable:
+    for stage in growth.stages[:-1]:
+        if stage.until is not None and stage.until > stable:
             yield (
-                f"growth.stages: growth after {tokens} tokens is inside the decay of the shortest horizon, "
-                f"from {stable:.0f}; let it grow earlier, or leave that horizon out"
+                f"growth.stages: growth at {stage.until:g} of each horizon is inside its decay, from "
+                f"{stable:g}; let it grow earlier"
+            )
+        if stage.until_tokens is not None and stage.until_tokens > shortest * stable:
+            yield (
+                f"growth.stages: growth after {stage.until_tokens} tokens is inside the decay of the "
+                f"shortest horizon, from {shortest * stable:.0f}; let it grow earlier, or leave that horizon "
+                "out"
             )
 
 

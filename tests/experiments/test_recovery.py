@@ -60,6 +60,16 @@ def test_an_arm_of_one_seed_is_held_against_scratch_and_control_of_that_seed() -
     assert {(one.gap, one.share) for one in recoveries(best_points(stranger), "scratch")} == {(None, None)}
 
 
+def test_an_arm_that_grows_at_a_share_of_each_horizon_has_a_t_mix_for_each() -> None:
+    later = dataclasses.replace(GROWN, tokens=6_000_000)
+    ends = [*ENDS[:5], end("stack", 4, 2.6, GROWN), end("stack", 8, 2.202, later)]
+    measured = recoveries(best_points(ends), "scratch")
+    assert [recovery.mixing for recovery in measured] == [
+        MixingTime(2_000_000, ">"),
+        MixingTime(2_000_000, "≤"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("gaps", "expected"),
     [

@@ -13,8 +13,9 @@ from helpers.toy import assert_same_run, rows
 from outgrow.model.base.errors import UserError
 from outgrow.train import loop
 from outgrow.train.compose import compose
+from outgrow.train.data.settings import MixtureSettings, PhaseSettings, SourceSettings
 from outgrow.train.loop import train_horizons
-from outgrow.train.run.horizons import stable_checkpoint
+from outgrow.train.run.horizons import branch_step, depends_on_budget, stable_checkpoint
 from outgrow.train.schedule import ScheduleSettings, factor, stable_steps
 from outgrow.train.settings import Settings, horizon_runs
 
@@ -43,6 +44,9 @@ def trunk(overrides: list[str]) -> Settings:
             stages,
         ]
     )
+
+
+HALF_DECAYS = "schedule.decay_fraction=0.5"
 
 
 def placed(settings: Settings, folder: Path) -> Settings:
@@ -111,6 +115,54 @@ def test_a_longer_horizon_is_added_to_a_trunk_that_exists(
     folders = train_horizons(placed(trunk, tmp_path))
     assert_same_run(folders[2], horizons[2])
     assert json.loads((folders[2] / "run.json").read_text())["trunk"]["step"] == 5
+
+
+@pytest.mark.slow
+def test_growth_at_a_share_of_each_horizon_has_no_trunk_to_share(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    own = [o for o in overrides if not o.startswith(("target", "growth", "train.eval_every"))]
+    asked = [
+        f"schedule.horizons={list(HORIZONS[::2])}",
+        "schedule.warmup_tokens=192",
+        DEEPER,
+        "growth=three_steps",
+        "schedule.decay_fraction=0.25",
+    ]
+    settings = compose([*own, *asked])
+    folders = train_horizons(placed(settings, tmp_path / "together"))
+    for folder, run in zip(folders, horizon_runs(placed(settings, tmp_path)), strict=True):
+        assert_same_run(folder, loop.train(run))
+        assert "trunk" not in json.loads((folder / "run.json").read_text())
+        assert stable_checkpoint(folder) is None
+    # quarters of 6 and of 16 steps of 128 tokens
+    grown_at = [[row["tokens"] for row in rows(folder, "growth")] for folder in folders]
+    assert grown_at == [[256, 384, 512], [512, 1024, 1536]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "depends"),
+    [
+        ([], False),
+        (["growth=stack_in_trunk", "growth.stages=[{until_tokens:256},{until:1.0}]"], False),
+        (["growth=three_steps"], True),
+        (["growth=stack_in_trunk", "growth.stages=[{until_tokens:128},{until:0.5},{until:1.0}]"], True),
+        (["growth=lossless", "source=small", "transfer=distilled"], True),
+        (["growth=lossless", "source=small", "schedule.rewarm=new"], True),
+    ],
+)
+def test_a_trunk_is_shared_where_a_run_does_not_depend_on_its_budget(
+    overrides: list[str], asked: list[str], depends: bool
+) -> None:
+    horizons = ["schedule.horizons=[768]", "schedule.warmup_tokens=128", "schedule.decay_fraction=0.25"]
+    settings = compose([*overrides, *horizons, *asked])
+    assert depends_on_budget(settings) is depends
+    assert (branch_step(settings) is None) is depends
+    sources = {name: SourceSettings(settings.data) for name in "ab"}
+    first = PhaseSettings(weights={"a": 1.0}, tokens=256)
+    for end, is_share in ((first, False), (dataclasses.replace(first, tokens=None, share=0.5), True)):
+        mixture = MixtureSettings("two", sources, (end, PhaseSettings(weights={"b": 1.0})))
+        assert depends_on_budget(dataclasses.replace(settings, mixture=mixture)) is (depends or is_share)
 
 
 def test_a_run_whose_trunk_is_gone_before_it_took_it_over_says_so(
@@ -224,8 +276,8 @@ def test_decay_is_linear_or_one_minus_root(shape: str, expected: float) -> None:
         (["schedule.horizons=[64]", "schedule.warmup_tokens=0"], "at least a batch"),
         (["schedule.warmup_tokens=9999"], "schedule.warmup_tokens: between 0 and the budget of 768"),
         (
-            ["growth=g_stack", "schedule.horizons=[768]", "schedule.warmup_tokens=128"],
-            "a stage ends after until_tokens=N",
+            ["growth=deep_progressive", "schedule.horizons=[768]", "schedule.warmup_tokens=128", HALF_DECAYS],
+            "growth at 0.6 of each horizon is inside its decay, from 0.5; let it grow earlier",
         ),
         (
             [

@@ -14,6 +14,9 @@ decay began (`stable/`), and trains from there.
 
 Tokens, FLOPs and seconds of a horizon count from the very beginning: its cost is the trunk up to it and its
 own decay.
+
+Where the course of a run depends on its budget, as with a growth at a share of it, there is no trunk to
+share: each horizon is trained from its own start.
 """
 
 from __future__ import annotations
@@ -51,10 +54,23 @@ def keep_stable(folder: Path, settings: Settings, step: int) -> None:
 
 
 def branch_step(settings: Settings) -> int | None:
-    """The step after which the decay of a horizon's run begins; None for a run without horizons."""
-    if not settings.schedule.horizons:
+    """The step after which the decay of a horizon's run begins; None where no other run goes on from it: it
+    has no horizons, or its course depends on its budget.
+    """
+    if not settings.schedule.horizons or depends_on_budget(settings):
         return None
     return stable_steps(settings.schedule, settings.budget.steps)
+
+
+def depends_on_budget(settings: Settings) -> bool:
+    """Whether runs that differ in their budget alone differ before their decay: in when they grow, in how
+    long a teacher teaches, in a warm-up of their own, or in a phase of the mixture.
+    """
+    grows = [stage for stage in settings.growth.stages[:-1] if stage.until_tokens is None]
+    phases = () if settings.mixture is None else settings.mixture.phases
+    of_a_share = [phase for phase in phases if phase.share is not None]
+    taught = settings.transfer.teacher is not None
+    return bool(grows or of_a_share) or taught or settings.schedule.rewarm == "new"
 
 
 def stable_checkpoint(folder: Path) -> Path | None:
