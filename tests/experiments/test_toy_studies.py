@@ -24,6 +24,8 @@ STUDIES: dict[str, Mapping[str, Sequence[str]]] = {  # name: what arms need to b
     "gpu_hour": {},
     "one_million": {},
     "sign_change": {},
+    "thirty_thousand": {},
+    "four_times": {},
 }
 LARGE = ["hidden_size=24", "intermediate_size=48", "num_attention_heads=3", "num_key_value_heads=3"]
 TOY = [*(f"target.{size}" for size in LARGE), "train.compile=false"]
