@@ -7,7 +7,8 @@ costs τ·r + 1 − τ of scratch's, and
 
     S = 1 / (τ·r + 1 − τ)
 
-A bound on t_mix is one on τ and S, and the prediction says so. It is written once:
+A bound on t_mix is one on τ and S, and the prediction says so. t_mix is taken to be the same whenever the
+network grows; where a later growth takes longer to catch up, S is too high. The prediction is written once:
 with its date and commit, and not where a horizon that it is about has been measured already.
 """
 
@@ -206,24 +207,22 @@ def read_prediction(path: Path) -> Prediction:
 
 
 def measured_beside(prediction: Prediction, rows: Sequence[Worth]) -> str | None:
-    """A table of the predicted and the measured: at each horizon the grown arm that is worth most. None where
-    no such arm has been measured yet.
+    """A table of the predicted and the measured: at each horizon the arm that grew nearest to the predicted
+    moment. None where no arm that grew has been measured there yet.
     """
     lines = []
     for row in prediction.rows:
         own = [worth for worth in rows if _is_measured(worth, row, prediction.optimizer)]
         if not own:
             continue
-        best = max(own, key=lambda worth: worth.speedup_included or 0.0)
-        growth = best.point.ends[0].growth
-        assert growth is not None
-        speedup = best.speedup_included
+        nearest = min(own, key=lambda worth: abs(_grown_after(worth) - row.grow_tokens))
+        speedup = nearest.speedup_included
         lines.append(
             [
                 millions(row.tokens),
-                best.point.arm,
+                nearest.point.arm,
                 f"{row.share:.2f}",
-                f"{growth.tokens / row.tokens:.2f}",
+                f"{_grown_after(nearest) / row.tokens:.2f}",
                 f"{prediction.bound} {row.speedup:.2f}".strip(),
                 "out of range" if speedup is None else f"{speedup:.2f}",
             ]
@@ -243,6 +242,13 @@ def write_measured(folder: Path) -> str:
     page = markdown(prediction)
     write_text(folder / PAGE, page if table is None else f"{page}\n{table}")
     return table or f"{folder / RECORD}: none of its horizons has been measured yet"
+
+
+def _grown_after(worth: Worth) -> int:
+    """The tokens after which a run grew, the last time if several."""
+    growth = worth.point.ends[0].growth
+    assert growth is not None
+    return growth.tokens
 
 
 def _is_measured(worth: Worth, row: Row, optimizer: str) -> bool:

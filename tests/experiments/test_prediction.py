@@ -116,7 +116,8 @@ def test_it_is_written_once_and_the_horizons_report_sets_the_measurement_beside_
     assert {path.name for path in (tmp_path / "out").iterdir()} == {RECORD, PAGE}
     (tmp_path / "out" / RECORD).write_text(kept)
 
-    write_ends(Path(late), [*SCRATCH, SMALL, *MEASURED, grown(32 * M, 40 * M, 8 * M)])
+    early_but_worth_more = dataclasses.replace(grown(4 * M, 40 * M, 36 * M), flops=12 * M)
+    write_ends(Path(late), [*SCRATCH, SMALL, *MEASURED, early_but_worth_more, grown(32 * M, 40 * M, 8 * M)])
     assert main(["horizons", late, "--out", out]) == 0
     # within 0.005 nats of scratch at 40 M tokens, for 16 M FLOPs
     worth = 40 * math.exp(-0.005 / 0.2) / 16
