@@ -20,6 +20,7 @@ from outgrow.train.schedule import ScheduleSettings, factor, stable_steps
 from outgrow.train.settings import Settings, horizon_runs
 
 HORIZONS = (768, 1280, 2048)  # 6, 10 and 16 steps of 128 tokens
+HALF_DECAYS = "schedule.decay_fraction=0.5"
 DEEPER = "target={model_type:phi,vocab_size:300,max_position_embeddings:32,tie_word_embeddings:false,hidden_size:16,"
 DEEPER += "intermediate_size:32,num_hidden_layers:4,num_attention_heads:2,num_key_value_heads:2}"
 
@@ -44,9 +45,6 @@ def trunk(overrides: list[str]) -> Settings:
             stages,
         ]
     )
-
-
-HALF_DECAYS = "schedule.decay_fraction=0.5"
 
 
 def placed(settings: Settings, folder: Path) -> Settings:
