@@ -420,18 +420,17 @@ def test_runs_that_were_begun_before_there_were_shares_go_on() -> None:
         identity(compose(["growth=scratch", "target=tiny_target", "data=the_stack"]))["data.data_dir"]
         == "data/python"
     )
-    with pytest.raises(
-        UserError, match=r"schedule\.horizons: a phase of the mixture lasts a share of the run"
-    ):
-        compose(
-            [
-                "experiment=when_growth_pays",
-                "growth=scratch",
-                "data=the_stack",
-                "mixture=phi_1",
-                "data.tokenizer=microsoft/phi-1_5",
-            ]
-        )
+
+
+@pytest.mark.slow
+def test_phases_of_a_share_leave_horizons_no_trunk_to_share() -> None:
+    from outgrow.train.compose import compose
+    from outgrow.train.run.horizons import branch_step
+
+    mixture = ["data=the_stack", "mixture=phi_1", "data.tokenizer=microsoft/phi-1_5"]
+    settings = compose(["experiment=when_growth_pays", "growth=scratch", *mixture])
+    assert settings.schedule.horizons
+    assert branch_step(settings) is None
 
 
 # ---- from folders ------------------------------------------------------------------------------------------
