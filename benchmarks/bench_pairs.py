@@ -6,10 +6,12 @@ python benchmarks/bench_pairs.py --rounds 1   a quick look
 
 The network is that of bench_step.py, and the same one of hidden size 64. `library` is its chain of
 elementwise kernels and PyTorch's Muon; `ours` is what a run does on a CPU, its allocator told to keep freed
-memory; `ours, compiled` is the same with train.compile=true. Every form runs in processes of its own, as many
-at a time as there are cores, each of one thread on its own core; they begin together once all have warmed up,
-which takes the compiler's time out. The forms take turns in every round. Rates are wall-clock, summed over
-the processes; ratios are taken round by round, and told by their medians.
+memory; `ours, compiled` is the same with train.compile=true; `products alone` are the library's matrix
+products and attention kernels of a step with nothing between them, which no arrangement of the rest can beat.
+Every form runs in processes of its own, as many at a time as there are cores, each of one thread on its own
+core; they begin together once all have warmed up, which takes the compiler's time out. The forms take turns
+in every round. Rates are wall-clock, summed over the processes; ratios are taken round by round, and told by
+their medians.
 """
 
 from __future__ import annotations
@@ -25,23 +27,96 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import CONTEXT, VOCABULARY, WINDOWS, Contender, library_optimizer, matrix_products
+from bench_step import CONTEXT, VOCABULARY, WINDOWS, Contender, library_optimizer, matrix_products, phi
+from torch import Tensor
 
 from outgrow.model.base.machine import machine
 from outgrow.train.machine.allocator import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
-FORMS = ("library", "ours", "ours, compiled")
+PRODUCTS = "products alone"
+FORMS = ("library", "ours", "ours, compiled", PRODUCTS)
 WIDTHS = (32, 64)
 WARM = 4  # steps before the clock starts
 PATIENCE_SECONDS = 600
 
 
-def contender(form: str, width: int) -> Contender:
-    """Muon in one of FORMS; the allocator's setting is the whole process's."""
+class Product:
+    """A linear layer's three products of matrices, on buffers of its own.
+
+    Shapes: inputs (token, in), outputs (token, out), weight (out, in).
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        tokens = WINDOWS * CONTEXT
+        self.inputs, self.outputs = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
+        self.weight = torch.randn(outputs, inputs)
+        self.inputs_gradient, self.weight_gradient = map(torch.empty_like, (self.inputs, self.weight))
+
+    def forward(self) -> None:
+        torch.mm(self.inputs, self.weight.t(), out=self.outputs)
+
+    def backward(self) -> None:
+        """The outputs stand for their gradient."""
+        torch.mm(self.outputs, self.weight, out=self.inputs_gradient)
+        torch.mm(self.outputs.t(), self.inputs, out=self.weight_gradient)
+
+
+class Attention:
+    """The kernel that the library's attention ends in on a CPU, forward and backward.
+
+    Shapes: queries, keys and values (window, head, token, entry).
+    """
+
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+    def __init__(self, width: int, heads: int) -> None:
+        shape = (WINDOWS, heads, CONTEXT, width // heads)
+        self.queries, self.keys, self.values = (torch.randn(shape) for _ in range(3))
+        self.saved: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+
+    def forward(self) -> None:
+        self.saved = self.kernel(self.queries, self.keys, self.values, 0.0, True)
+
+    def backward(self) -> None:
+        """The result stands for its gradient."""
+        result, log_sums = self.saved
+        inputs = (self.queries, self.keys, self.values)
+        self.kernel_backward(result, *inputs, result, log_sums, 0.0, True)
+
+
+class ProductsAlone:
+    """What of a step is matrix products and attention, with nothing between them; it trains nothing."""
+
+    def __init__(self, width: int) -> None:
+        config = phi(width)
+        hidden = config["intermediate_size"]
+        self.losses: list[float] = []
+        self.parts: list[Product | Attention] = []
+        for _ in range(config["num_hidden_layers"]):
+            self.parts += [Product(width, width) for _ in range(4)]  # queries, keys, values, output
+            self.parts += [Attention(width, config["num_attention_heads"])]
+            self.parts += [Product(width, hidden), Product(hidden, width)]
+        self.parts.append(Product(width, VOCABULARY))
+
+    @torch.no_grad()
+    def step(self, windows: Tensor) -> None:
+        """One step's products, for as many tokens as `windows`, (rows, context + 1), has."""
+        assert windows.shape == (WINDOWS, CONTEXT + 1)
+        for part in self.parts:
+            part.forward()
+        for part in reversed(self.parts):
+            part.backward()
+
+
+def contender(form: str, width: int) -> Contender | ProductsAlone:
+    """Muon in one of FORMS, or the products; the allocator's setting is the whole process's."""
     if form == "library":
         return Contender("muon", library_optimizer, activation="chain", width=width)
     keep_freed_memory()
+    if form == PRODUCTS:
+        return ProductsAlone(width)
     return Contender("muon", width=width, compiled=form == "ours, compiled")
 
 
