@@ -20,6 +20,7 @@ STUDIES: dict[str, Mapping[str, Sequence[str]]] = {  # name: what arms need to b
     "operators_experts": {},
     "from_a_trained_source": {},
     "family": {},
+    "family_in_depth": {},
     "width_or_depth": {},
     "gpu_hour": {},
     "one_million": {},
