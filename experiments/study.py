@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from outgrow.experiments.progress import Display
 from outgrow.experiments.runs import SCRATCH
 from outgrow.experiments.study_file import (
+    Extent,
     Job,
     Study,
     check_arms,
@@ -98,7 +99,7 @@ def run_study(
     at_once = processes(jobs_at_once)
     display = Display()
     check_arms(study, extent)
-    sources = ready_sources(study, at_once, logs, display, extent.arms)
+    sources = ready_sources(study, at_once, logs, display, extent)
     todo = jobs(study, extent)
     check_control(study, todo)
     texts = judged_texts(study, sources, todo, display) if study.judged_on else {}
@@ -138,12 +139,12 @@ def page_of(out: Path) -> Path | None:
 
 
 def ready_sources(
-    study: Study, at_once: int, logs: Path, display: Display, arms: Sequence[str] | None = None
+    study: Study, at_once: int, logs: Path, display: Display, extent: Extent | None = None
 ) -> list[Job]:
-    """The runs of the sources of a study's `arms`, of all of them by default, each trained if it is not
-    complete; none where the study trains none.
+    """The runs of the sources of an extent of a study, of all that it has by default, each trained if it is
+    not complete; none where the study trains none.
     """
-    sources = source_jobs(study, arms)
+    sources = source_jobs(study, extent.arms, extent.seeds) if extent else source_jobs(study)
     for source in sources:  # one after another: one may have grown from the one before
         if not complete(source, *sources):
             prepare_text([source], display)

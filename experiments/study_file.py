@@ -82,6 +82,10 @@ class Study:
     `sources` are further ones, trained in their order, so that one can be grown from another; the run of the
     source NAME is `runs/STUDY-source-NAME`.
 
+    `sources_per_seed`: each seed has sources of its own, trained with it, so that an interval over seeds
+    holds their spread too; the run is then `runs/STUDY-source-NAME-s${seed}`, and so says a source that grew
+    from another.
+
     `source_is_there`: the question takes the sources' training as done; headline and picture of decayed ends
     count it out, the tables count it both ways.
 
@@ -99,6 +103,7 @@ class Study:
     full: Extent
     judged_on: tuple[str, ...] = ()
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    sources_per_seed: bool = False
     source_is_there: bool = False
     family: bool = False
     own: Path | None = None
@@ -218,19 +223,24 @@ def source_job(study: Study) -> Job | None:
     return job_of(SOURCE, list(study.source), study.own)
 
 
-def source_jobs(study: Study, arms: Iterable[str] | None = None) -> list[Job]:
+def source_jobs(
+    study: Study, arms: Iterable[str] | None = None, seeds: Sequence[int] | None = None
+) -> list[Job]:
     """The runs that train the study's source and its `sources`, in the order in which they are trained.
 
     Args:
         arms: some of its arms; of the `sources` only those that these start from, and what those start from.
+        seeds: those whose sources are wanted, where each has its own; by default those of the full extent.
     """
     own = source_job(study)
     runs = [] if own is None else [own]
-    needed = study.sources if arms is None else _sources_of(study, arms)
-    for name, overrides in study.sources.items():
-        if name in needed:
-            own_name = f"name={_source_run(study, name)}"
-            runs.append(job_of(SOURCE, [*overrides, "changes=''", own_name], study.own))
+    needed = set(study.sources) if arms is None else _sources_of(study, arms)
+    sources = [(name, overrides) for name, overrides in study.sources.items() if name in needed]
+    every = (study.full.seeds if seeds is None else seeds) if study.sources_per_seed else (None,)
+    for seed, (name, overrides) in itertools.product(every, sources):
+        drawn = [] if seed is None else [f"seed={seed}"]
+        own_name = f"name='{_source_run(study, name)}'"
+        runs.append(job_of(SOURCE, [*overrides, *drawn, "changes=''", own_name], study.own))
     return runs
 
 
@@ -246,13 +256,14 @@ def _sources_of(study: Study, arms: Iterable[str]) -> set[str]:
 
 
 def _source_folder(study: Study, source: str) -> str:
-    """Where the checkpoint of one of the study's `sources` is."""
+    """Where the checkpoint of one of the study's `sources` is; Hydra fills in the seed."""
     return f"runs/{_source_run(study, source)}/final"
 
 
 def _source_run(study: Study, source: str) -> str:
     """The name of the run that trains one of the study's `sources`."""
-    return f"{study.name}-source-{source}"
+    seed = "-s${seed}" if study.sources_per_seed else ""
+    return f"{study.name}-source-{source}{seed}"
 
 
 def jobs(study: Study, extent: Extent) -> list[Job]:
@@ -315,7 +326,7 @@ def _arm_overrides(study: Study, name: str, extent: Extent, sources_ready: bool)
     last = extent.arm_overrides.get(name, ())
     overrides = [*study.runs, *extent.overrides, *start, *names, *arm.overrides, *last]
     if growth in CONTROLS and sources_ready:
-        overrides += equal_flops(overrides, study.own)
+        overrides += equal_flops([f"seed={extent.seeds[0]}", *overrides], study.own)
     return overrides
 
 

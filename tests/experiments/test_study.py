@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import shutil
 import sys
 import time
 from dataclasses import asdict, replace
@@ -419,10 +420,40 @@ def test_only_the_sources_of_the_arms_that_run_are_trained() -> None:
     assert source_jobs(study, study.demo.arms) == []
     assert [job.name for job in source_jobs(study, ["null_control"])] == ["when_growth_pays-source-narrow"]
     family = load_study("family")
-    by_way = ["family-source-small", "family-source-middle"]  # the second has grown from the first
-    assert [job.name for job in source_jobs(family, ["large"])] == by_way
-    assert [job.name for job in source_jobs(family, ["middle"])] == by_way[:1]
+    by_way = ["family-source-small-s0", "family-source-middle-s0"]  # the second has grown from the first
+    assert [job.name for job in source_jobs(family, ["large"], [0])] == by_way
+    assert [job.name for job in source_jobs(family, ["middle"], [0])] == by_way[:1]
     assert [job.name for job in source_jobs(family, ["scratch"])] == []
+
+
+@pytest.mark.slow
+def test_each_seed_may_have_sources_of_its_own(elsewhere: Path) -> None:
+    study = load_study("family_in_depth")
+    assert study.sources_per_seed
+    sources = {job.name: job.settings for job in source_jobs(study, ["large"], [0, 2])}
+    small, middle = ("family_in_depth-source-small", "family_in_depth-source-middle")
+    assert list(sources) == [f"{small}-s0", f"{middle}-s0", f"{small}-s2", f"{middle}-s2"]
+    assert [run.seed for run in sources.values()] == [0, 0, 2, 2]
+    assert sources[f"{middle}-s2"].source == f"runs/{small}-s2/final"
+    assert len(source_jobs(study)) == 2 * len(study.full.seeds)
+    extent = replace(study.full, arms=("large",), seeds=(2,), learning_rate_factors=(1.0,))
+    (job,) = jobs(study, extent)
+    assert job.settings.source == f"runs/{middle}-s2/final"
+
+
+@pytest.mark.slow
+def test_a_control_is_sized_by_a_source_of_the_seeds_that_run(elsewhere: Path) -> None:
+    family = load_study("family")
+    control = replace(family.arms["middle"], growth="source")
+    study = replace(family, arms={**family.arms, "control": control})
+    extent = replace(study.full, arms=("control",), seeds=(2,), learning_rate_factors=(1.0,))
+    shutil.rmtree("runs/family-source-small-s0")  # nobody trained it
+    (job,) = jobs(study, extent)
+    assert job.settings.source == "runs/family-source-small-s2/final"
+    asked = family.arms["middle"].overrides[-2]
+    assert asked == "schedule.horizons=[1187840,2375680]"
+    shorter, longer = job.settings.schedule.horizons  # the small network needs more tokens for the FLOPs
+    assert 1_187_840 < shorter < longer
 
 
 @pytest.mark.slow
