@@ -7,11 +7,15 @@ Hidden size 32, 8 layers, context 128, vocabulary 320, batches of 4,096 tokens o
 contenders start from the same weights and take one step in turn on the same tokens, so that a machine that
 others use slows them all. Times are CPU seconds of this process; of the steps the first does not count, and
 rates are medians of the others. The machine's own rate of matrix products stands beside them.
+
+Then the forward and backward passes of two seeds of that network, and of one twice as wide: one network after
+the other, and both as one batched network by torch.func.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -20,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.nn import functional as F
 
 from outgrow.model.base.machine import machine
 from outgrow.model.build import build_model
@@ -148,6 +154,70 @@ def contenders() -> dict[str, Contender]:
     return every
 
 
+class TwoSeeds:
+    """Two networks that differ in their seed, one after the other or as one batched network, with PyTorch's
+    GELU, since torch.func knows no rule for ours; they do not learn.
+    """
+
+    def __init__(self, width: int) -> None:
+        networks = [build_model(phi(width), seed=seed).train() for seed in (0, 1)]
+        for network in networks:
+            for layer in network.model.layers:
+                layer.mlp.activation_fn = nn.GELU(approximate="tanh")
+        self.networks = networks
+        self.stacked = stack_module_state(networks)
+        self.frame = copy.deepcopy(networks[0]).to("meta")
+        self.seconds: dict[str, list[float]] = {"in turn": [], "as one": []}
+
+    def in_turn(self, windows: Tensor) -> list[dict[str, Tensor]]:
+        """The gradients of each network on its own windows, (network, row, context + 1)."""
+        found = []
+        for network, own in zip(self.networks, windows, strict=True):
+            logits = network(own[:, :-1], use_cache=False).logits
+            mean_loss(logits, own).backward()
+            found.append({name: part.grad for name, part in network.named_parameters()})
+            network.zero_grad()
+        return found
+
+    def as_one(self, windows: Tensor) -> dict[str, Tensor]:
+        """The same gradients, stacked."""
+        return vmap(grad(self.loss))(*self.stacked, windows)
+
+    def loss(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], windows: Tensor) -> Tensor:
+        """The mean loss of the network with these parameters."""
+        inputs, keywords = (windows[:, :-1],), {"use_cache": False}
+        logits = functional_call(self.frame, (parameters, buffers), inputs, keywords).logits
+        return mean_loss(logits, windows)
+
+    def step(self, windows: Tensor) -> None:
+        """Time both ways on the same windows."""
+        for name, way in (("in turn", self.in_turn), ("as one", self.as_one)):
+            begin = time.process_time()
+            way(windows)
+            self.seconds[name].append(time.process_time() - begin)
+
+    def result(self) -> dict[str, float]:
+        """The median milliseconds of each way."""
+        return {name: statistics.median(taken[1:]) * 1e3 for name, taken in self.seconds.items()}
+
+
+def mean_loss(logits: Tensor, windows: Tensor) -> Tensor:
+    """The mean loss of a next token, in nats."""
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def two_seeds(steps: int) -> dict[str, dict[str, float]]:
+    """Hidden size → the milliseconds of both ways."""
+    found = {}
+    draw = torch.Generator().manual_seed(0)
+    for width in (32, 64):
+        pair = TwoSeeds(width)
+        for _ in range(steps):
+            pair.step(torch.randint(VOCABULARY, (2, WINDOWS, CONTEXT + 1), generator=draw))
+        found[str(width)] = pair.result()
+    return found
+
+
 def matrix_products() -> float:
     """FLOP/s of a product of two matrices of 1,024 × 1,024."""
     side = 1024
@@ -175,6 +245,14 @@ def table(result: dict[str, Any]) -> str:
         first = next(rate for other, rate in rates.items() if other.startswith(optimizer))
         ratio = rates[name] / first
         lines.append(f"| {name} | {rates[name]:,.0f} | {ratio:.2f} × | {row['update_ms']:.1f} |")
+    lines += [
+        "",
+        "| two seeds, hidden size | in turn, ms | as one network, ms | in turn takes |",
+        "|---:|---:|---:|---:|",
+    ]
+    for width, taken in result["two_seeds"].items():
+        apart, together = taken["in turn"], taken["as one"]
+        lines.append(f"| {width} | {apart:.0f} | {together:.0f} | {apart / together:.2f} × |")
     return "\n".join(lines)
 
 
@@ -199,6 +277,7 @@ def main() -> None:
         "torch": torch.__version__,
         "steps": options.steps - 1,
         "matrix_flops": matrix_products(),
+        "two_seeds": two_seeds(options.steps),
         "contenders": {name: contender.result() for name, contender in every.items()},
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -58,6 +58,18 @@ def test_a_small_networks_step_is_told_as_it_was_measured() -> None:
         assert own == pytest.approx(first, rel=1e-5)  # and the same training, but for Muon's bfloat16
 
 
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop"
+)  # attention has no rule for batches of seeds
+def test_two_seeds_as_one_network_have_the_gradients_of_each() -> None:
+    pair = script("bench_step").TwoSeeds(32)
+    windows = torch.randint(320, (2, 2, 9))
+    both = pair.as_one(windows)
+    for number, own in enumerate(pair.in_turn(windows)):
+        for name, gradient in own.items():
+            torch.testing.assert_close(both[name][number], gradient, rtol=1e-4, atol=1e-7)
+
+
 def test_runs_side_by_side_are_told_as_they_were_measured() -> None:
     bench = script("bench_pairs")
     result = json.loads((FOLDER / "bench_pairs.json").read_text())
