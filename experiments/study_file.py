@@ -401,9 +401,23 @@ def _judged_faults(study: Study, own: Path | None) -> list[str]:
     return [f"judged_on: unknown data {leaf!r}; {did_you_mean(leaf, texts)}" for leaf in unknown_texts]
 
 
+def _misnamed_sources(study: Study) -> list[str]:
+    """List the sources that grow from another whose run is called as `sources_per_seed` does not have it."""
+    other_way = replace(study, sources_per_seed=not study.sources_per_seed)
+    faults = []
+    for (name, overrides), other in itertools.product(study.sources.items(), study.sources):
+        found, expected = _source_folder(other_way, other), _source_folder(study, other)
+        if f"source={found}" in overrides:
+            seeds = "true" if study.sources_per_seed else "false"
+            faults.append(
+                f"sources.{name}: expected source={expected}, with sources_per_seed: {seeds}; found {found}"
+            )
+    return faults
+
+
 def _disagreements(study: Study) -> list[str]:
     """List the faults between well-typed values."""
-    faults = []
+    faults = _misnamed_sources(study)
     for key in ("demo", "full"):
         extent: Extent = getattr(study, key)
         names = [name for name in extent.arms if name in study.arms]

@@ -441,6 +441,24 @@ def test_each_seed_may_have_sources_of_its_own(elsewhere: Path) -> None:
     assert job.settings.source == f"runs/{middle}-s2/final"
 
 
+@pytest.mark.parametrize("per_seed", [True, False])
+def test_a_source_is_named_as_its_seeds_are_trained(own: Path, per_seed: bool) -> None:
+    grown = "runs/mine-source-small{}/final"
+    with_seed, without = grown.format("-s${seed}"), grown.format("")
+    expected, found = (with_seed, without) if per_seed else (without, with_seed)
+    path = Path("experiments/mine/study.yaml")
+    sources = (
+        f"sources: {{small: [], middle: ['source={found}']}}\nsources_per_seed: {str(per_seed).lower()}\n"
+    )
+    path.write_text(path.read_text() + sources)
+    with pytest.raises(UserError) as fault:
+        load_study("mine", own)
+    assert f"sources.middle: expected source={expected}, " in str(fault.value)
+    assert str(fault.value).endswith(f"found {found}")
+    path.write_text(path.read_text().replace(found, expected))
+    assert load_study("mine", own).sources["middle"] == (f"source={expected}",)
+
+
 @pytest.mark.slow
 def test_a_control_is_sized_by_a_source_of_the_seeds_that_run(elsewhere: Path) -> None:
     family = load_study("family")
