@@ -406,11 +406,11 @@ def _misnamed_sources(study: Study) -> list[str]:
     other_way = replace(study, sources_per_seed=not study.sources_per_seed)
     faults = []
     for (name, overrides), other in itertools.product(study.sources.items(), study.sources):
-        found, expected = _source_folder(other_way, other), _source_folder(study, other)
-        if f"source={found}" in overrides:
+        folder, misnamed = _source_folder(study, other), _source_folder(other_way, other)
+        if f"source={misnamed}" in overrides:
             seeds = "true" if study.sources_per_seed else "false"
             faults.append(
-                f"sources.{name}: expected source={expected}, with sources_per_seed: {seeds}; found {found}"
+                f"sources.{name}: expected source={folder}, with sources_per_seed: {seeds}; found {misnamed}"
             )
     return faults
 
