@@ -310,8 +310,9 @@ def run_jobs(todo: Sequence[Job], at_once: int, logs: Path, display: Display, tr
         try:
             failed = _follow(submit, todo, at_once, logs, display)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            _end(multiprocessing.active_children())  # those of this pool: nothing else here starts any
+            # those of this pool: nothing else here starts any. Its thread ends with them, and is joined: left
+            # alone, it may close its pipe just when the interpreter, ending, wakes it
+            _end(multiprocessing.active_children())
             raise
     faults = [_words(job, error, logs) for job, error in failed]
     errors = {job.name: error for job, error in failed}

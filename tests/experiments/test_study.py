@@ -683,7 +683,16 @@ def study_of_sleepers(folder: str, at_once: int) -> None:
     """A study's own process: four runs that note their beginning, sleep, and note SIGTERM."""
     import os
     import signal
+    import threading
+    from concurrent.futures import process
 
+    run = process._ExecutorManagerThread.run
+
+    def run_slowly(thread: process._ExecutorManagerThread) -> None:
+        run(thread)
+        time.sleep(1)
+
+    process._ExecutorManagerThread.run = run_slowly  # type: ignore[method-assign]
     os.setpgrp()  # as a terminal's foreground group, which does not ignore Ctrl-C as a shell's background does
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
@@ -694,10 +703,9 @@ def study_of_sleepers(folder: str, at_once: int) -> None:
     try:
         with terminable():
             run_jobs(todo, at_once, Path("logs"), Display(), sleeper)
-    except Terminated:
-        sys.exit(75)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (KeyboardInterrupt, Terminated) as stop:
+        assert threading.active_count() == 1  # nobody is left to be woken when the interpreter ends
+        sys.exit(75 if isinstance(stop, Terminated) else 130)
 
 
 def sleeper(job: Job, log: str) -> str:
