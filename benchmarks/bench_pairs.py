@@ -1,13 +1,14 @@
 """What a machine trains in a second: one-thread runs of a small Phi side by side, one a core, with the
 library's step and with this project's.
 
-python benchmarks/bench_pairs.py              five minutes on two cores: a table, a record beside this file
+python benchmarks/bench_pairs.py              six minutes on two cores: a table, a record beside this file
 python benchmarks/bench_pairs.py --rounds 1   a quick look
 
 The network is that of bench_step.py, and the same one of hidden size 64. `library` is its chain of
 elementwise kernels and PyTorch's Muon; `ours` is what a run does on a CPU, its allocator told to keep freed
-memory; `ours, compiled` is the same with train.compile=true; `products alone` are the library's matrix
-products and attention kernels of a step with nothing between them, which no arrangement of the rest can beat.
+memory; `ours, compiled` is the same with train.compile=true, and `ours, compiled, bf16` with
+train.precision=bf16 too; `products alone` are the library's matrix products and attention kernels of a step
+in float32 with nothing between them, which no arrangement of the rest can beat in float32.
 Every form runs in processes of its own, as many at a time as there are cores, each of one thread on its own
 core; they begin together once all have warmed up, which takes the compiler's time out. The forms take turns
 in every round. Rates are wall-clock, summed over the processes; ratios are taken round by round, and told by
@@ -35,7 +36,8 @@ from outgrow.train.machine.allocator import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
 PRODUCTS = "products alone"
-FORMS = ("library", "ours", "ours, compiled", PRODUCTS)
+COMPILED, MIXED = "ours, compiled", "ours, compiled, bf16"
+FORMS = ("library", "ours", COMPILED, MIXED, PRODUCTS)
 WIDTHS = (32, 64)
 WARM = 4  # steps before the clock starts
 PATIENCE_SECONDS = 600
@@ -117,7 +119,7 @@ def contender(form: str, width: int) -> Contender | ProductsAlone:
     keep_freed_memory()
     if form == PRODUCTS:
         return ProductsAlone(width)
-    return Contender("muon", width=width, compiled=form == "ours, compiled")
+    return Contender("muon", width=width, compiled=form in (COMPILED, MIXED), mixed=form == MIXED)
 
 
 def alone(form: str, width: int, steps: int) -> None:

@@ -19,7 +19,8 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch.nn import functional as F
 from outgrow.model.base.machine import machine
 from outgrow.model.build import build_model
 from outgrow.train.loss import NextTokenLoss
+from outgrow.train.machine.attention import fast_mixed_attention
 from outgrow.train.machine.compile import TanhGELU, fuse_activations, layers_of
 from outgrow.train.optimizer import Joined, adamw, build_optimizer, parameter_groups
 from outgrow.train.settings import OptimizerSettings
@@ -79,6 +81,13 @@ def library_optimizer(network: nn.Module, name: str) -> torch.optim.Optimizer:
     return Joined([muon, adamw(rest, settings)])
 
 
+@contextmanager
+def mixed_precision() -> Iterator[None]:
+    """A forward pass as in a run with train.precision=bf16 on a CPU."""
+    with fast_mixed_attention(), torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
 class Contender:
     """A network with its optimizer, and the CPU seconds of its steps.
 
@@ -87,6 +96,7 @@ class Contender:
         micro_batch: windows of a forward pass.
         width: hidden size, in heads of 16.
         compiled: layer by layer, as train.compile=true does.
+        mixed: multiply in bfloat16, as train.precision=bf16 does.
     """
 
     def __init__(
@@ -98,6 +108,7 @@ class Contender:
         micro_batch: int = WINDOWS,
         width: int = 32,
         compiled: bool = False,
+        mixed: bool = False,
     ) -> None:
         network = build_model(phi(width), seed=0).train()
         if activation != "chain":
@@ -113,6 +124,7 @@ class Contender:
         self.objective = NextTokenLoss(network, fused=True)
         self.optimizer = build(network, name)
         self.micro_batch = micro_batch
+        self.mixed = mixed
         self.seconds: list[float] = []
         self.update_seconds: list[float] = []
         self.losses: list[float] = []
@@ -122,7 +134,8 @@ class Contender:
         begin = time.process_time()
         total = 0.0
         for piece in windows.split(self.micro_batch):
-            loss = self.objective(piece, reduction="sum") / (WINDOWS * CONTEXT)
+            with mixed_precision() if self.mixed else nullcontext():
+                loss = self.objective(piece, reduction="sum") / (WINDOWS * CONTEXT)
             loss.backward()
             total += loss.item()
         middle = time.process_time()

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -75,12 +76,20 @@ def test_runs_side_by_side_are_told_as_they_were_measured() -> None:
     result = json.loads((FOLDER / "bench_pairs.json").read_text())
     assert bench.table(result) in (FOLDER.parent / "docs" / "evidence.md").read_text()
     for forms in result["widths"].values():
-        library, *ours = (forms[form]["losses"] for form in bench.FORMS if form != bench.PRODUCTS)
+        library, *ours, mixed = (forms[form]["losses"] for form in bench.FORMS if form != bench.PRODUCTS)
         for losses in ours:  # the same training, but for Muon's bfloat16 in the library
             assert losses == pytest.approx(library, rel=1e-4)
-        # what the page says of the bound: a compiled step runs at four fifths of it or more
-        compiled, alone = (forms[form]["tokens_per_second"] for form in ("ours, compiled", bench.PRODUCTS))
-        assert all(own / bound > 0.8 for own, bound in zip(compiled, alone, strict=True))
+        assert mixed == pytest.approx(library, rel=1e-3)
+        # what the page says: a compiled step runs at four fifths of the bound in float32 or more, and in
+        # bfloat16 past it, at twice the library's rate
+        rates = {form: forms[form]["tokens_per_second"] for form in bench.FORMS}
+
+        def times(form: str, base: str, rates: dict[str, list[float]] = rates) -> float:
+            return median(own / other for own, other in zip(rates[form], rates[base], strict=True))
+
+        assert times(bench.COMPILED, bench.PRODUCTS) > 0.8
+        assert times(bench.MIXED, bench.PRODUCTS) > 1
+        assert times(bench.MIXED, "library") > 2
 
 
 def test_the_products_alone_are_those_of_a_step() -> None:

@@ -26,20 +26,20 @@ def layers_of(network: nn.Module) -> list[nn.Module]:
 
 
 class TanhGELU(nn.GELU):
-    """`nn.GELU(approximate="tanh")`; while training in float32 on a CPU, through a sigmoid: PyTorch's CPU
-    kernel takes a slow hyperbolic tangent forward, and the same again backward.
+    """`nn.GELU(approximate="tanh")`; while training on a CPU, in float32 or compiled, through a sigmoid:
+    PyTorch's CPU kernel takes a slow hyperbolic tangent forward, and the same again backward.
     """
 
     def __init__(self) -> None:
         super().__init__(approximate="tanh")
 
     def forward(self, input: Tensor) -> Tensor:
-        is_plain = type(input) is Tensor and input.dtype is torch.float32
-        on_cpu = input.device.type == "cpu"
-        if is_plain and on_cpu and input.requires_grad:
+        on_cpu = type(input) is Tensor and input.device.type == "cpu"
+        if on_cpu and input.requires_grad:
             if torch.compiler.is_compiling():
                 return _gelu(input)
-            return SigmoidGELU.apply(input)
+            if input.dtype is torch.float32:
+                return SigmoidGELU.apply(input)
         return super().forward(input)
 
 

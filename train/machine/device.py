@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.base.machine import processor
 from outgrow.train.machine.agreement import check_agreement
 from outgrow.train.machine.allocator import keep_freed_memory
+from outgrow.train.machine.attention import fast_mixed_attention
 from outgrow.train.machine.distribute import open_accelerator
 
 if TYPE_CHECKING:
@@ -127,13 +128,16 @@ def session(
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
         mixed_precision = _mixed_precision(precision, cpu)
         accelerator = open_accelerator(sharding, cpu=cpu, mixed_precision=mixed_precision)
-    if accelerator.mixed_precision == "bf16" and not cpu:
+    mixed = accelerator.mixed_precision == "bf16"
+    if mixed and not cpu:
         # what autocast leaves in float32, the fused loss, is multiplied in TF32
         torch.set_float32_matmul_precision("high")
+    attention = fast_mixed_attention() if mixed and cpu else nullcontext()
     try:
         if common_settings is not None:
             check_agreement(common_settings, signs(), accelerator.process_index, accelerator.num_processes)
-        yield accelerator
+        with attention:
+            yield accelerator
         accelerator.end_training()
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
