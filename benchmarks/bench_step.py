@@ -9,7 +9,8 @@ others use slows them all. Times are CPU seconds of this process; of the steps t
 rates are medians of the others. The machine's own rate of matrix products stands beside them.
 
 Then the forward and backward passes of two seeds of that network, and of one twice as wide: one network after
-the other, and both as one batched network by torch.func.
+the other, and both as one batched network by torch.func. Last, causal attention of as many tokens in float32
+and in bfloat16 by PyTorch's kernel, and in bfloat16 by products of matrices.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ from torch.nn import functional as F
 from outgrow.model.base.machine import machine
 from outgrow.model.build import build_model
 from outgrow.train.loss import NextTokenLoss
-from outgrow.train.machine.attention import fast_mixed_attention
+from outgrow.train.machine.attention import fast_mixed_attention, in_blocks
 from outgrow.train.machine.compile import TanhGELU, fuse_activations, layers_of
 from outgrow.train.optimizer import Joined, adamw, build_optimizer, parameter_groups
 from outgrow.train.settings import OptimizerSettings
 
 HERE = Path(__file__).resolve().parent
 WINDOWS, CONTEXT, VOCABULARY = 32, 128, 320
+HEADS = 4  # of the attention that is timed alone
 
 
 def phi(width: int) -> dict[str, Any]:
@@ -231,6 +233,37 @@ def two_seeds(steps: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def attention_times(steps: int) -> dict[str, dict[str, float]]:
+    """Way → the milliseconds of causal attention forward and backward, of WINDOWS of CONTEXT tokens in HEADS
+    of 16.
+    """
+
+    def kernel(*operands: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*operands, is_causal=True)
+
+    ways = {
+        "PyTorch's kernel, float32": (kernel, torch.float32),
+        "PyTorch's kernel, bfloat16": (kernel, torch.bfloat16),
+        "products, compiled, bfloat16": (torch.compile(in_blocks), torch.bfloat16),
+    }
+    found = {}
+    for name, (attend, dtype) in ways.items():
+        # as projections hand them over: the heads of a token side by side
+        shape = (WINDOWS, CONTEXT, HEADS, 16)
+        leaves = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3)]
+        forward, backward = [], []
+        for _ in range(steps):
+            begin = time.process_time()
+            result = attend(*(leaf.transpose(1, 2) for leaf in leaves))
+            middle = time.process_time()
+            torch.autograd.grad(result, leaves, result.detach())
+            forward.append(middle - begin)
+            backward.append(time.process_time() - middle)
+        times = {"forward": forward, "backward": backward}
+        found[name] = {part: statistics.median(taken[1:]) * 1e3 for part, taken in times.items()}
+    return found
+
+
 def matrix_products() -> float:
     """FLOP/s of a product of two matrices of 1,024 × 1,024."""
     side = 1024
@@ -266,6 +299,9 @@ def table(result: dict[str, Any]) -> str:
     for width, taken in result["two_seeds"].items():
         apart, together = taken["in turn"], taken["as one"]
         lines.append(f"| {width} | {apart:.0f} | {together:.0f} | {apart / together:.2f} × |")
+    lines += ["", f"| causal attention, {HEADS} heads | forward, ms | backward, ms |", "|---|---:|---:|"]
+    for name, taken in result["attention"].items():
+        lines.append(f"| {name} | {taken['forward']:.1f} | {taken['backward']:.1f} |")
     return "\n".join(lines)
 
 
@@ -291,6 +327,7 @@ def main() -> None:
         "steps": options.steps - 1,
         "matrix_flops": matrix_products(),
         "two_seeds": two_seeds(options.steps),
+        "attention": attention_times(options.steps),
         "contenders": {name: contender.result() for name, contender in every.items()},
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n")

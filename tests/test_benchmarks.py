@@ -57,6 +57,8 @@ def test_a_small_networks_step_is_told_as_it_was_measured() -> None:
         first = losses[f"{name.split(',')[0]}, ours"]
         assert own[0] == pytest.approx(first[0], rel=1e-6)  # the same network and tokens
         assert own == pytest.approx(first, rel=1e-5)  # and the same training, but for Muon's bfloat16
+    wide, narrow, products = (taken["backward"] for taken in result["attention"].values())
+    assert products < wide < narrow / 4  # what the page and train/machine/attention.py say of the kernel
 
 
 @pytest.mark.filterwarnings(

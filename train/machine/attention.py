@@ -74,8 +74,10 @@ def mixed_attention(
 
 
 def in_blocks(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Causal attention by matrix products, in autocast's dtype, a block of queries at a time, each over the
-    keys up to its end: of four blocks the products are 5/8 of the whole ones.
+    """Causal attention by matrix products, in the operands' dtype or autocast's, and a softmax in float32.
+
+    A block of queries at a time, each over the keys up to its end: of four blocks the products are 5/8 of the
+    whole ones.
 
     Args:
         queries: scaled.
@@ -89,5 +91,5 @@ def in_blocks(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         places = torch.arange(end, device=scores.device)
         later = places > places[begin:, None]
         probabilities = scores.float().masked_fill(later, -torch.inf).softmax(-1)
-        results.append(probabilities @ values[:, :, :end])
+        results.append(probabilities.to(values.dtype) @ values[:, :, :end])
     return torch.cat(results, 2)
