@@ -19,7 +19,7 @@ from outgrow.train.run.folder import METRICS
 from outgrow.train.run.record import read_known
 
 RECORD = "ends.json"  # the small record of a study's runs: what every table and picture is made of
-OPTIONAL = ("growth", "active", "start")  # left out of the record where an end has none
+OPTIONAL = ("growth", "active", "start", "precision")  # left out of the record where an end has none
 POSITIVE = ("learning_rate", "batch_tokens", "parameters", "tokens", "flops", "val_loss", "eval_tokens")
 
 
@@ -47,6 +47,7 @@ class End:
     growth: Growth | None = None  # inside the run, if it grew on its way
     active: int | None = None  # of the parameters, in a mixture of experts: those that each token meets
     start: RunStart | None = None  # and what it read; None in older records
+    precision: str | None = None  # of products of matrices, "fp32" or "bf16"; None in older records
 
     @property
     def tokens_per_parameter(self) -> float:
@@ -104,12 +105,13 @@ def end_of(run: Run) -> End:
         growth=read_growth(run.folder / METRICS, RUN_AGAIN),
         active=active,
         start=read_start(run),
+        precision=record.precision,
     )
 
 
 def each_once(pairs: Iterable[tuple[str, End]]) -> list[End]:
     """The ends of several inputs, each once: a run has the same end as the record that was made of it, which
-    may tell less of its start.
+    may tell less of its start, and not its precision.
 
     Args:
         pairs: (input, end) pairs.
@@ -122,10 +124,9 @@ def each_once(pairs: Iterable[tuple[str, End]]) -> list[End]:
     faults = []
     for where, end in pairs:
         there, first = firsts.setdefault(_point(end), (where, end))
-        if first.start is None:
-            first = replace(first, start=end.start)
-            firsts[_point(end)] = there, first
-        other = replace(end, start=first.start)
+        first = replace(first, start=first.start or end.start, precision=first.precision or end.precision)
+        firsts[_point(end)] = there, first
+        other = replace(end, start=first.start, precision=end.precision or first.precision)
         if first != other:
             differing = _differing(first, other)
             faults.append(
@@ -151,12 +152,12 @@ def _differing(one: End, other: End) -> str:
 
 
 def check_alike(ends: Sequence[End]) -> None:
-    """Refuse ends that were not measured on the same text, or lack an arm that a headline needs.
+    """Refuse ends that were not measured alike, or lack an arm that a headline needs.
 
     Raises:
         UserError: naming what differs, and what is missing.
     """
-    faults = text_faults(ends)
+    faults = unlike_faults(ends)
     arms = {end.arm for end in ends}
     if SCRATCH not in arms:
         faults.append(
@@ -174,18 +175,21 @@ def check_alike(ends: Sequence[End]) -> None:
     UserError.collect(faults)
 
 
-def text_faults(ends: Sequence[End]) -> list[str]:
-    """List how the texts of the ends differ, and an end that read each."""
+def unlike_faults(ends: Sequence[End]) -> list[str]:
+    """List how the texts of the ends differ, or their precision as far as it is known, and an end of each."""
     faults = []
-    for key in ("data", "eval_tokens"):
+    for key in ("data", "eval_tokens", "precision"):
         names: dict[str, str] = {}
         for end in ends:
-            names.setdefault(str(getattr(end, key)), end.name)
+            value = getattr(end, key)
+            if value is not None:
+                names.setdefault(str(value), end.name)
         count = len(names)
         if count > 1:
             examples = [f"{value[:12]} of {names[value]}" for value in sorted(names)]
             listed = ", ".join(examples)
-            faults.append(f"{key}: {count} different ones ({listed}); compare runs on one text only")
+            common = "precision" if key == "precision" else "text"
+            faults.append(f"{key}: {count} different ones ({listed}); compare runs on one {common} only")
     return faults
 
 

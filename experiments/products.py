@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from outgrow.experiments.cost import half_interval, undecided
-from outgrow.experiments.ends import RECORD, End, text_faults, write_ends
+from outgrow.experiments.ends import RECORD, End, unlike_faults, write_ends
 from outgrow.experiments.horizon_answer import seeds_text
 from outgrow.experiments.horizon_report import markdown_table, millions, read_inputs
 from outgrow.experiments.horizons import BaselineCurve, best_points, curve_of_seeds, envelope
@@ -88,7 +88,7 @@ def families(ends: Iterable[End]) -> list[Family]:
             arms, or a product that ended before the trunk that the next one was grown from.
     """
     ends = list(ends)
-    UserError.collect(text_faults(ends))
+    UserError.collect(unlike_faults(ends))
     sizes: dict[int, list[End]] = defaultdict(list)
     for end in ends:
         sizes[end.parameters].append(end)

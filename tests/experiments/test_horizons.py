@@ -140,6 +140,15 @@ def test_the_baseline_is_the_best_that_scratch_can_have() -> None:
         ),
         ([*SCRATCH_ENDS, end("grown", 1e12, 2.0, eval_tokens=1)], "eval_tokens: 2 different ones"),
         (
+            [
+                *SCRATCH_ENDS,
+                CONTROL,
+                end("a", 1e12, 2.0, precision="fp32"),
+                end("b", 1e12, 2.0, precision="bf16"),
+            ],
+            r"precision: 2 different ones \(bf16 of x, fp32 of x\); compare runs on one precision only",
+        ),
+        (
             [*SCRATCH_ENDS, CONTROL, end("grown", 1e12, 2.5, batch_tokens=1024)],
             "grown: batches of 1024 tokens, scratch's are of 4096; run scratch with train.batch_tokens=1024",
         ),
@@ -175,7 +184,7 @@ def test_an_entry_of_the_record_that_cannot_be_is_told(tmp_path: Path, key: str,
     rows = json.loads(path.read_text())
     rows[1][key] = value
     path.write_text(json.dumps(rows))
-    allowed = dict.fromkeys(("name", "arm", "optimizer", "device", "data"), "x")
+    allowed = dict.fromkeys(("name", "arm", "optimizer", "device", "data", "precision"), "x")
     allowed |= dict.fromkeys(("seed", "active", "source_flops"), 0)
     if (value is None and key in OPTIONAL) or (value is not None and value == allowed.get(key)):
         assert len(read_ends(path)) == len(rows)
@@ -257,9 +266,11 @@ def test_a_record_keeps_the_start_and_an_older_one_takes_it_from_its_runs(tmp_pa
     assert told.start == RunStart("unknown", 5.0)
     new, old = tmp_path / "new.json", tmp_path / "old.json"
     write_ends(new, [told])
-    write_ends(old, [dataclasses.replace(told, start=None)])
+    write_ends(old, [dataclasses.replace(told, start=None, precision=None)])
     assert read_ends(new) == [told]
+    assert told.precision == "fp32"
     assert "start" not in old.read_text()
+    assert "precision" not in old.read_text()
     for inputs in ([str(old), run], [run, str(old)], [str(old), str(new)]):
         assert read_inputs(inputs)[1] == [told]
 
