@@ -27,10 +27,11 @@ STUDIES: dict[str, Mapping[str, Sequence[str]]] = {  # name: what arms need to b
     "sign_change": {},
     "thirty_thousand": {},
     "four_times": {},
+    "in_bfloat16": {},
 }
 LARGE = ["hidden_size=24", "intermediate_size=48", "num_attention_heads=3", "num_key_value_heads=3"]
 TOY = [*(f"target.{size}" for size in LARGE), "train.compile=false"]
-SIZES = {"gpu_hour": TOY, "one_million": TOY}
+SIZES = {"gpu_hour": TOY, "one_million": TOY, "in_bfloat16": ["train.compile=false"]}
 # each source's kind, and each way to go on from one; its operators are those of `operators`
 OF_SOURCES = ["scratch", "source", "null_control", "lossless", "small60_source", "small60_hyperclone"]
 OF_SOURCES += ["phi20_lossless", "stable20_lossless", "lossless_short", "stable60_lossless_none"]
