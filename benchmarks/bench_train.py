@@ -1,15 +1,18 @@
-"""One run's speed beside a bare PyTorch loop and transformers.Trainer, on the same network and the same
-batches, in interleaved rounds.
+"""One run's speed beside a bare PyTorch loop, nanoGPT's and transformers.Trainer, on the same network, in
+interleaved rounds.
 
-make bench-train                                     about 5 minutes: a table, and benchmarks/bench_train.json
+make bench-train                                     about 6 minutes: a table, and benchmarks/bench_train.json
 python benchmarks/bench_train.py --rounds 1 --steps 6   a quick look
 
 `ours` is `outgrow.train.loop.train` as a user calls it: reading batches from disk, logging every 5 steps, and
-a validation half-way. `bare` has its batches in memory and does nothing but forward, backward, clip and step,
-with the same loss and the same validation, and prints nothing: the limit. `bare, library's loss` is the same
-with the loss that the model itself computes. `Trainer` logs every 5 steps and validates nothing. Of every
-round the first steps warm up and do not count. Times are wall seconds and CPU seconds of the process; a
-machine that others use disturbs the second less. Ratios are medians over the rounds.
+a validation half-way; `ours, compiled, bf16` is the same with train.compile=true and train.precision=bf16.
+`bare` has its batches in memory and does nothing but forward, backward, clip and step, with the same loss and
+the same validation, and prints nothing: the limit. `bare, library's loss` is the same with the loss that the
+model itself computes. `nanoGPT's loop` draws its own windows from a memory-mapped file, holds the logits of a
+whole batch, and validates half-way. `Trainer` logs every 5 steps and validates nothing. All but nanoGPT's
+train on the same batches. Of every round the first steps warm up and do not count. Times are wall seconds and
+CPU seconds of the process; a machine that others use disturbs the second less. Ratios are medians over the
+rounds. The FLOP/s of a product of two large matrices stand beside them.
 """
 
 from __future__ import annotations
@@ -26,10 +29,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from bench_step import matrix_products
+from torch.nn import functional
 
 from outgrow.model.base.machine import machine
 from outgrow.model.build import build_model
+from outgrow.model.geometry import flops_per_token
 from outgrow.train import loop
 from outgrow.train.compose import compose
 from outgrow.train.corpus import prepare
@@ -116,6 +123,13 @@ def ours(work: Work, folder: Path) -> Timed:
     return clock.timed(last["val_loss"])
 
 
+def ours_in_bfloat16(work: Work, folder: Path) -> Timed:
+    """The same with compiled layers, in mixed precision."""
+    train = dataclasses.replace(work.settings.train, compile=True, precision="bf16")
+    settings = dataclasses.replace(work.settings, train=train)
+    return ours(dataclasses.replace(work, settings=settings), folder)
+
+
 def bare(work: Work, _: Path, *, fused: bool = True) -> Timed:
     """Nothing but the steps."""
     network, clock = work.network.train(), Clock()
@@ -139,6 +153,57 @@ def bare(work: Work, _: Path, *, fused: bool = True) -> Timed:
         torch.nn.utils.clip_grad_norm_(parameters, work.settings.train.gradient_clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
+        if i + 1 == work.steps // 2:
+            validated()
+    last = validated()
+    clock.mark()
+    return clock.timed(last)
+
+
+def nanogpt(work: Work, folder: Path) -> Timed:
+    """nanoGPT's loop (github.com/karpathy/nanoGPT, train.py), written by hand around the same network."""
+    network, clock, settings = work.network.train(), Clock(), work.settings
+    rows, context = len(work.windows[0]), settings.train.context
+    folder.mkdir(parents=True)
+    path = folder / "train.bin"
+    torch.cat(work.windows).flatten().numpy().astype(np.uint16).tofile(path)
+    draw = torch.Generator().manual_seed(settings.seed)
+
+    def drawn() -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = np.memmap(path, dtype=np.uint16, mode="r")
+        starts = torch.randint(len(tokens) - context, (rows,), generator=draw).tolist()
+        pieces = [torch.from_numpy(tokens[at : at + context + 1].astype(np.int64)) for at in starts]
+        windows = torch.stack(pieces)
+        return windows[:, :-1], windows[:, 1:]
+
+    def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = network(input_ids=inputs, use_cache=False).logits
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def validated() -> float:
+        network.eval()
+        losses = [loss_of(windows[:, :-1], windows[:, 1:]).item() for windows in work.validation]
+        network.train()
+        return statistics.mean(losses)
+
+    matrices = [weight for weight in network.parameters() if weight.dim() >= 2]
+    vectors = [weight for weight in network.parameters() if weight.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    batch_now = drawn()
+    for i, rate in enumerate(work.rates):
+        clock.mark()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = loss_of(*batch_now)
+        batch_now = drawn()  # as it does, while a GPU would compute
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if i % LOG_EVERY == 0:
+            loss.item()
         if i + 1 == work.steps // 2:
             validated()
     last = validated()
@@ -181,7 +246,8 @@ def trainer(work: Work, folder: Path) -> Timed:
 
 
 CONTENDERS: dict[str, Callable[[Work, Path], Timed]] = {
-    "ours": ours, "bare": bare, "bare, library's loss": bare_plain, "Trainer": trainer,
+    "ours": ours, "ours, compiled, bf16": ours_in_bfloat16, "bare": bare, "bare, library's loss": bare_plain,
+    "nanoGPT's loop": nanogpt, "Trainer": trainer,
 }  # fmt: skip
 
 
@@ -253,6 +319,7 @@ def summary(work: Work, taken: dict[str, list[Timed]], threads: int) -> dict[str
         for name, found in taken.items()
     }
     alone = loading(work)
+    per_token = flops_per_token(target_config(work.settings, None), work.settings.train.context)
     return {
         "machine": machine(),
         "threads": threads,
@@ -265,6 +332,8 @@ def summary(work: Work, taken: dict[str, list[Timed]], threads: int) -> dict[str
             for name in taken
             if name != "ours"
         },
+        "flops_per_second": speed["ours"]["wall"] * per_token,
+        "matrix_flops": matrix_products(),
         "loading_tokens_per_second": alone,
         "loading_over_training": alone / speed["ours"]["cpu"],
         "all": {name: [dataclasses.asdict(t) for t in found] for name, found in taken.items()},
@@ -286,9 +355,10 @@ def table(result: dict[str, Any]) -> str:
         over = result["ours_over"].get(name)
         more = " | |" if over is None else f" {over['wall']:.2f} × | {over['cpu']:.2f} × |"
         lines.append(f"| {name} | {speed['wall']:,.0f} | {speed['cpu']:,.0f} |{more}")
-    return "\n".join(
-        [*lines, f"\nreading batches alone: {result['loading_over_training']:,.0f} × what training consumes"]
-    )
+    flops, product = result["flops_per_second"] / 1e9, result["matrix_flops"] / 1e9
+    lines.append(f"\nours computes {flops:.0f} GFLOP/s; a product of matrices runs at {product:.0f}")
+    loading = f"{result['loading_over_training']:,.0f} ×"
+    return "\n".join([*lines, f"\nreading batches alone: {loading} what training consumes"])
 
 
 def main() -> None:
