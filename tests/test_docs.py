@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +28,7 @@ import yaml
 import outgrow.model.family
 import outgrow.model.notation
 from helpers.models import TINY
+from outgrow.experiments.cost import half_interval
 from outgrow.experiments.ends import RECORD, read_ends
 from outgrow.experiments.horizon_answer import answer
 from outgrow.experiments.horizons import worths
@@ -744,6 +746,23 @@ def test_every_study_has_its_row(name: str) -> None:
         log.returncode == 0 and len(log.stdout.splitlines()) > 1
     ):  # a shallow clone has one commit, an archive none
         assert any(line.startswith(row[4][:7]) and line.endswith(row[3]) for line in log.stdout.splitlines())
+
+
+def test_in_bfloat16_says_how_far_its_losses_are_from_those_of_float32() -> None:
+    exact = {
+        (end.arm, end.tokens, end.seed): end.val_loss
+        for end in read_ends(ROOT / "experiments" / "when_growth_pays" / RECORD)
+        if end.batch_tokens == 2048 and end.learning_rate == 0.012
+    }
+    apart: dict[tuple[str, int], list[float]] = {}
+    for end in read_ends(ROOT / "experiments" / "in_bfloat16" / RECORD):
+        if (point := (end.arm, end.tokens, end.seed)) in exact:
+            apart.setdefault(point[:2], []).append(end.val_loss - exact[point])
+    assert sum(map(len, apart.values())) == 21  # pairs of one arm, horizon and seed
+    page = text_of("experiments/in_bfloat16/README.md")
+    for point in apart.keys() - {("scratch", 2_162_688), ("small", 2_162_688)}:
+        told = f"{mean(apart[point]):+.4f} ± {half_interval(apart[point]):.4f}"
+        assert told.replace("-", "−") in page, point
 
 
 def test_every_ready_combination_is_an_arm_of_operators_or_said_why_not() -> None:
